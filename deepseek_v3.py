@@ -1,0 +1,896 @@
+"""DeepSeek-V3, the whole model in one file: a specification that runs.
+
+Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
+skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py proves the two equal in float64.
+
+    component    definition                         computation                            equal because
+    attention    mla_naive: keys of every head      mla_absorbed: one shared latent key    (W_UK c) . q = c . (W_UK^T q)
+    context      forward, whole sequence            forward with a Cache, in any chunks    the past never sees the future
+    experts      moe_dense: sum over all experts    moe_sparse: chosen experts only        the other gates are 0
+    generation   one token a pass                   MTP drafts, the main model verifies    the rejection rule
+
+`forward` without a cache is the definition throughout; with a cache it is the computation throughout. The definitions
+write nothing in place and have no shape that depends on data, so they also run under jax.numpy, in `jit` and `grad`:
+that is how weights/train.py made the checkpoint beside this file.
+
+Equation numbers are those of the DeepSeek-V3 technical report (arXiv:2412.19437v2), tensor names those of the released
+checkpoint, configuration keys those of its config.json. The symbols in the margin of `Config` are the paper's.
+
+Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test checks every one.
+
+    of the model (Config)                                            of the call
+    D  hidden_size            C  kv_lora_rank   (paper d_c)          B  sequences in the batch
+    H  num_attention_heads    L  C + R: one row of the cache         T  tokens of each in this call
+    N  qk_nope_head_dim       Q  q_lora_rank    (paper d_c')         S  positions looked at, cached ones included
+    R  qk_rope_head_dim       E  n_routed_experts                    J  key heads: H in MHA, 1 in MQA, between in GQA
+    P  R/2: rotated pairs     K  num_experts_per_tok                 X  size of a query or key; any feature size
+    V  v_head_dim             G  n_group        W  vocab_size        Y  size of a value      M  tokens, B x T
+"""
+
+import argparse
+import contextlib
+import contextvars
+import json
+import math
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class InputError(ValueError):
+    """What was given (a checkpoint, a request) cannot be used. The message is one line: what, where, what to do."""
+
+
+# ---- 1. Arrays -----------------------------------------------------------------------------------------------------
+# Everything below is written against one array namespace, chosen once: NumPy, or CuPy on a GPU.
+
+xp = np
+
+
+def to_device(x, dtype=None):
+    """Upload: the one place where a host array becomes an array of `xp`."""
+    return xp.asarray(x, dtype=dtype)
+
+
+def to_host(x):
+    """Download: the one place where an array of `xp` becomes a NumPy array."""
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def wide(x):
+    """x in float32 or better: statistics, softmax and routing are never computed in half precision."""
+    return x.astype(np.promote_types(x.dtype, np.float32), copy=False)
+
+
+def top_k(score, k):
+    """Indices (..., k) of the k largest of the last axis, largest first; among equals the lowest index wins.
+
+    The paper does not say how ties fall; unstable choices have made implementations disagree (vLLM #52679 and others).
+    """
+    stable = {"stable": True} if xp.__name__.startswith("jax") else {"kind": "stable"}
+    return xp.argsort(-score, axis=-1, **stable)[..., :k]
+
+
+def one_hot(index, n):
+    """Boolean (..., n): where the last axis equals index (...)."""
+    return index[..., None] == xp.arange(n)
+
+
+_recorder = contextvars.ContextVar("recorder", default=None)
+
+
+def record(name, x):
+    """Return x; while `recording`, also keep it under the name of the module that produced it."""
+    if (kept := _recorder.get()) is not None:
+        kept[name] = x
+    return x
+
+
+@contextlib.contextmanager
+def recording():
+    """Within this block `record` keeps what it is given, in the order of computation, in the dict that this yields."""
+    token = _recorder.set({})
+    try:
+        yield _recorder.get()
+    finally:
+        _recorder.reset(token)
+
+
+# ---- 2. Configuration ----------------------------------------------------------------------------------------------
+# The numbers that make one model of the family; the defaults are DeepSeek-V3 itself, 671B parameters.
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's context extension (section 4.3), `rope_scaling` in config.json. Absent keys mean what they do in HF."""
+
+    factor: float = 40.0  # s
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0  # beta; the paper's alpha is beta_slow
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """One model, fields named as in config.json. Raises InputError for values under which the model is not defined."""
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168  # d
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128  # n_h
+    q_lora_rank: int | None = 1536  # d_c'; None: queries are not compressed
+    kv_lora_rank: int = 512  # d_c
+    qk_nope_head_dim: int = 128  # d_h
+    qk_rope_head_dim: int = 64  # d_h^R
+    v_head_dim: int = 128  # d_h
+    attention_bias: bool = False
+    intermediate_size: int = 18432  # of the dense layers
+    first_k_dense_replace: int = 3  # layers before this one have no experts
+    moe_intermediate_size: int = 2048  # of one expert
+    n_shared_experts: int = 1  # N_s
+    n_routed_experts: int = 256  # N_r
+    num_experts_per_tok: int = 8  # K_r
+    n_group: int = 8
+    topk_group: int = 4  # M, the nodes a token may be sent to
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5  # not in the paper
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Yarn | None = field(default=Yarn(mscale=1.0, mscale_all_dim=1.0))
+    rope_interleave: bool = True
+    max_position_embeddings: int = 163840
+    tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 1  # D, the MTP modules
+
+    def __post_init__(self):
+        _check_numbers(self, zero_allowed=("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"))
+        if self.rope_scaling:
+            _check_numbers(self.rope_scaling, zero_allowed=("mscale", "mscale_all_dim"))
+        _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
+        if self.first_k_dense_replace < self.num_hidden_layers + self.num_nextn_predict_layers:
+            E, G = self.n_routed_experts, self.n_group
+            _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
+            _require(G == 1 or E // G >= 2, f"n_group {G} leaves {E // G} expert in a group: its score needs the best two")
+            _require(self.topk_group <= G, f"topk_group {self.topk_group} must be at most n_group {G}")
+            choice = self.topk_group * (E // G)
+            _require(self.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, "
+                     "the experts of topk_group groups")  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, keys):
+        """The model that a config.json describes, in the release's spelling or in that of transformers 5.
+
+        keys: the parsed JSON object. Keys that do not change the result are ignored; a value that would change it and
+        that this file does not implement is refused by name (InputError).
+        """
+        _require(isinstance(keys, dict), "must be a JSON object")
+        keys = dict(keys)
+        for key, allowed in IMPLEMENTED.items():
+            _require(keys.get(key) in (None, *allowed),
+                     f"{key} {keys.get(key)!r} is not implemented, only {' or '.join(map(repr, allowed))}")  # fmt: skip
+        heads, kv_heads = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
+        _require(kv_heads in (None, heads), "num_key_value_heads must equal num_attention_heads: "
+                 "MLA expands its latent to keys and values of every head")  # fmt: skip
+        quantization = keys.get("quantization_config") or {}
+        _require(isinstance(quantization, dict), "quantization_config must be an object")
+        method = quantization.get("quant_method", "fp8"), quantization.get("fmt", "e4m3")
+        _require(method == ("fp8", "e4m3"), f"quantization_config {' '.join(map(str, method))} is not implemented, "
+                 "only fp8 e4m3")  # fmt: skip
+        _require(quantization.get("weight_block_size", [128, 128]) == [128, 128],
+                 "quantization_config.weight_block_size must be [128, 128]")  # fmt: skip
+        if keys.get("num_nextn_predict_layers") is None:
+            keys["num_nextn_predict_layers"] = keys.get("num_mtp_layers")
+        rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+        _require(isinstance(rope, dict), "rope_scaling must be an object or null")
+        keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
+        keys["rope_scaling"] = _yarn_from_dict(rope, keys)
+        known = {f.name: keys[f.name] for f in fields(cls) if keys.get(f.name) is not None}
+        return cls(**{"rope_scaling": None, "q_lora_rank": keys.get("q_lora_rank", 1536)} | known)
+
+
+IMPLEMENTED = {
+    "model_type": ("deepseek_v3", "kimi_k2"),
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+}
+
+
+def _require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+def _yarn_from_dict(rope, keys):
+    """The `rope_scaling` or `rope_parameters` object as a Yarn, or None for plain RoPE."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _require(kind in ("default", "yarn"), f"rope_scaling type {kind!r} is not implemented, only 'yarn' or 'default'")
+    _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor must be 1")
+    if kind == "default":
+        return None
+    known = {f.name: rope[f.name] for f in fields(Yarn) if rope.get(f.name) is not None}
+    original = known.get("original_max_position_embeddings")
+    _require(original is not None, "rope_scaling lacks original_max_position_embeddings")
+    if "factor" not in known:  # as transformers does
+        known["factor"] = keys.get("max_position_embeddings", Config.max_position_embeddings) / original
+    return Yarn(**known)
+
+
+def _check_numbers(settings, zero_allowed):
+    """Every field has its annotated type (a bool is no number) and is positive, or zero where that means something."""
+    for f in fields(settings):
+        value, kind, name = getattr(settings, f.name), f.type, f.name
+        if value is None and f.default is not MISSING and ("None" in str(kind) or kind is None):
+            continue
+        if kind is bool:
+            _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+        elif kind in (int, float, int | None, float | None):
+            whole = kind in (int, int | None)
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            least = "zero or more" if name in zero_allowed else "positive"
+            fits = number and math.isfinite(value) and (value > 0 or (value == 0 and name in zero_allowed))
+            _require(fits and value < 2**40, f"{name} must be a {least} {'integer' if whole else 'number'}, not {value!r}")
+
+
+def read_config(path):
+    """The Config of a config.json (or of a directory that holds one)."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return Config.from_dict(read_json(path))
+    except InputError as e:
+        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from None
+
+
+# ---- 3. Primitives -------------------------------------------------------------------------------------------------
+# Four small functions, and the angles of RoPE, are all that the rest is made of.
+
+
+def linear(x, w, name):
+    """W x, plus the bias where the checkpoint has one. x (..., in), `name.weight` (out, in) -> (..., out)."""
+    y = x.reshape(-1, x.shape[-1]) @ w[f"{name}.weight"].T
+    if f"{name}.bias" in w:
+        y = y + w[f"{name}.bias"]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def rms_norm(x, weight, eps):
+    """x / rms(x) * weight over the last axis. The statistics are wide, the normalised x is rounded to x's dtype
+    before it meets the weight: so does HF's DeepseekV3RMSNorm, while the official code rounds once, after."""
+    x_wide = wide(x)
+    normed = x_wide / xp.sqrt(xp.mean(x_wide * x_wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype, copy=False) * weight
+
+
+def sigmoid(x):
+    """1 / (1 + e^-x); the exponent is held where e^-x is finite, so that no input overflows."""
+    limit = math.floor(math.log(float(np.finfo(x.dtype).max)))
+    return 1 / (1 + xp.exp(-xp.maximum(x, -limit)))
+
+
+def swiglu(x, w, name):
+    """An MLP: W_down (silu(W_gate x) * W_up x), silu(z) = z sigmoid(z). x (..., D) -> (..., D)."""
+    gate = linear(x, w, f"{name}.gate_proj")
+    return linear(gate * sigmoid(gate) * linear(x, w, f"{name}.up_proj"), w, f"{name}.down_proj")
+
+
+def softmax(x):
+    """Over the last axis, in float32 or better, returned in x's dtype. A row needs one entry above -inf."""
+    x_wide = wide(x)
+    e = xp.exp(x_wide - xp.max(x_wide, axis=-1, keepdims=True))
+    return (e / xp.sum(e, axis=-1, keepdims=True)).astype(x.dtype, copy=False)
+
+
+def yarn_mscale(factor, mscale):
+    """YaRN's temperature: sqrt(t) = 0.1 mscale ln(s) + 1 (section 4.3, with mscale 1)."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def rope_frequencies(cfg):
+    """Radians a position, for each of the P pairs; float64 on the host.
+
+    Plain RoPE: theta^(-2j/R). YaRN keeps the pairs that turn more than beta_fast times within the original context,
+    slows those that turn less than beta_slow times by the factor, and blends in between. It is static: configured, it
+    holds at every position of every prompt. (The official code switches it on by its max_seq_len instead.)
+    """
+    freq_P = cfg.rope_theta ** -(np.arange(0, cfg.qk_rope_head_dim, 2) / cfg.qk_rope_head_dim)
+    if (yarn := cfg.rope_scaling) is None:
+        return freq_P
+
+    def pair_that_turns(times):
+        turns = yarn.original_max_position_embeddings / (2 * math.pi * times)
+        return cfg.qk_rope_head_dim * math.log(turns) / (2 * math.log(cfg.rope_theta))
+
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, cfg.qk_rope_head_dim - 1)
+    slowed_P = np.clip((np.arange(freq_P.size) - low) / ((high - low) or 0.001), 0, 1)
+    return freq_P * (1 - slowed_P) + freq_P / yarn.factor * slowed_P
+
+
+def rope_magnitude(cfg):
+    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) where either is absent.
+
+    The official code has no such factor, and would differ where it is not 1.
+    """
+    if (yarn := cfg.rope_scaling) is None:
+        return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+    return yarn_mscale(yarn.factor, 1)
+
+
+def softmax_scale(cfg):
+    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m(mscale_all_dim)^2, which the paper's equations leave out."""
+    yarn = cfg.rope_scaling
+    mscale = yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn and yarn.mscale_all_dim else 1
+    return (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5 * mscale**2
+
+
+def rope(x, cos, sin, interleave=True):
+    """Rotate pair j of x by its angle. x (..., R), cos and sin (..., P), broadcast.
+
+    In the released weights the pairs are neighbours, (2j, 2j+1). HF reorders queries and keys to halves first, which
+    leaves every score as it is but caches a permuted key; `rope_interleave` false means weights stored as halves.
+    """
+    if interleave:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return xp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return xp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+# ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
+# A token leaves one small vector in the cache, and every head's key and value are linear in it.
+
+LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
+
+
+class Place(NamedTuple):
+    """Where the tokens of one call stand: token t of row b at position start_B[b] + t."""
+
+    start_B: np.ndarray  # on the host
+    cos_BTP: object
+    sin_BTP: object
+    visible_BTS: object  # True where a query may look: position of the key <= position of the query
+
+
+def place(start_B, T, cfg, dtype):
+    """The Place of T tokens of each row. Angles are float64 until cos and sin: at position 163,839 float32 is off by
+    5e-3 rad. S reaches to the last position of the longest row; a key's index is its position."""
+    start_B = np.asarray(start_B)
+    position_BT = start_B[:, None] + np.arange(T)
+    angle_BTP = position_BT[:, :, None] * rope_frequencies(cfg)
+    cos_BTP, sin_BTP = (rope_magnitude(cfg) * f(angle_BTP) for f in (np.cos, np.sin))
+    visible_BTS = np.arange(start_B.max() + T) <= position_BT[:, :, None]
+    return Place(start_B, to_device(cos_BTP, dtype), to_device(sin_BTP, dtype), to_device(visible_BTS))
+
+
+class Cache:
+    """The latent cache: for each layer one array (B, capacity, L), a row [c_KV ; k_R] for each position, no more.
+
+    c_KV is the latent after its norm, k_R the key after its rotation. A row's index is its position, and a query sees
+    no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
+    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right.
+    """
+
+    def __init__(self, batch, capacity=0):
+        self.capacity, self.layers, self.tokens = capacity, {}, [[] for _ in range(batch)]
+
+    def append(self, layer, kv_BTL, start_B):
+        """Write row b's T entries from position start_B[b]; return all up to the last one's position, (B, S, L)."""
+        B, T, L = kv_BTL.shape
+        S, kept = int(start_B.max()) + T, self.layers.get(layer)
+        if kept is None or kept.shape[1] < S:
+            self.layers[layer] = xp.zeros((B, max(S, self.capacity, 2 * S if kept is not None else 0), L), kv_BTL.dtype)
+            if kept is not None:
+                self.layers[layer][:, : kept.shape[1]] = kept
+        for b, start in enumerate(start_B):
+            self.layers[layer][b, start : start + T] = kv_BTL[b]
+        return self.layers[layer][:, :S]
+
+    @property
+    def nbytes(self):
+        return sum(kept.nbytes for kept in self.layers.values())
+
+
+def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
+    """Eq. (10), softmax(q . k) v, for any number of key heads J that divides H -> (B, T, H, Y).
+
+    J = H is multi-head attention, J = 1 multi-query, between them grouped-query: query head h reads key head
+    h // (H/J). The Z = T H/J queries that share a key head meet it in one product.
+    """
+    B, T, H, X = q_BTHX.shape
+    S, J, Y = v_BSJY.shape[1:]
+    Z = T * (H // J)
+    q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
+    score_BJZS = q_BJZX @ k_BSJX.transpose(0, 2, 3, 1)
+    visible_BZS = xp.repeat(visible_BTS, H // J, axis=1)
+    score_BJZS = xp.where(visible_BZS[:, None], score_BJZS, -xp.inf)
+    out_BJZY = softmax(score_BJZS) @ v_BSJY.transpose(0, 2, 1, 3)
+    return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
+
+
+def mla_query(x_BTD, w, name, cfg, where):
+    """Eqs. (6)-(9): the compressed query, up to all heads; its last R entries rotated. -> q_nope_BTHN, q_rope_BTHR."""
+    if cfg.q_lora_rank is None:
+        q_BTX = linear(x_BTD, w, f"{name}.q_proj")
+    else:
+        c_BTQ = rms_norm(linear(x_BTD, w, f"{name}.q_a_proj"), w[f"{name}.q_a_layernorm.weight"], LATENT_EPS)
+        q_BTX = linear(c_BTQ, w, f"{name}.q_b_proj")
+    q_BTHX = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
+    q_nope_BTHN, q_rope_BTHR = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]
+    cos_BTP, sin_BTP = where.cos_BTP, where.sin_BTP
+    return q_nope_BTHN, rope(q_rope_BTHR, cos_BTP[:, :, None], sin_BTP[:, :, None], cfg.rope_interleave)
+
+
+def mla_latent(x_BTD, w, name, cfg, where):
+    """Eqs. (1), (3), what the cache keeps: [c_KV ; k_R]. c_KV is normed (section 4.2); k_R comes from x, not from
+    c_KV, and is one key for all heads. -> kv_BTL."""
+    kv_BTL = linear(x_BTD, w, f"{name}.kv_a_proj_with_mqa")
+    c_BTC, k_rope_BTR = kv_BTL[..., : cfg.kv_lora_rank], kv_BTL[..., cfg.kv_lora_rank :]
+    c_BTC = record(f"{name}.kv_latent", rms_norm(c_BTC, w[f"{name}.kv_a_layernorm.weight"], LATENT_EPS))
+    k_rope_BTR = record(f"{name}.k_rope", rope(k_rope_BTR, where.cos_BTP, where.sin_BTP, cfg.rope_interleave))
+    return xp.concatenate([c_BTC, k_rope_BTR], axis=-1)
+
+
+def kv_up(w, name, cfg):
+    """W_UK (H, N, C) and W_UV (H, V, C): `kv_b_proj` holds for each head first the one, then the other."""
+    up_HXC = w[f"{name}.kv_b_proj.weight"].reshape(cfg.num_attention_heads, -1, cfg.kv_lora_rank)
+    return up_HXC[:, : cfg.qk_nope_head_dim], up_HXC[:, cfg.qk_nope_head_dim :]
+
+
+def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
+    """Definition, eqs. (2), (4), (5), (10): expand each head's keys and values, then multi-head attention."""
+    c_BSC, k_rope_BSR = kv_BSL[..., : cfg.kv_lora_rank], kv_BSL[..., cfg.kv_lora_rank :]
+    kv_BSHX = linear(c_BSC, w, f"{name}.kv_b_proj").reshape(*c_BSC.shape[:2], cfg.num_attention_heads, -1)
+    k_nope_BSHN, v_BSHV = kv_BSHX[..., : cfg.qk_nope_head_dim], kv_BSHX[..., cfg.qk_nope_head_dim :]
+    k_rope_BSHR = xp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], cfg.qk_rope_head_dim))
+    q_BTHX = xp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
+    k_BSHX = xp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)
+    return attention(q_BTHX, k_BSHX, v_BSHV, visible_BTS, softmax_scale(cfg))
+
+
+def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
+    """Computation: the same, and no key is ever expanded.
+
+    q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once a token instead of once a cached token. All heads
+    then share the keys [c ; k_R], which is the cache's row as it lies, and the values c: multi-query attention with
+    heads of size L, whose result W_UV expands at the end. RoPE could not have moved: its rotation stands between W_UK
+    and the query and belongs to the key's position. That is why k_R is decoupled, eq. (3).
+    """
+    w_uk_HNC, w_uv_HVC = kv_up(w, name, cfg)
+    q_latent_BTHC = _per_head(q_nope_BTHN, w_uk_HNC)
+    q_BTHL = xp.concatenate([q_latent_BTHC, q_rope_BTHR], axis=-1)
+    k_BSJL = kv_BSL[:, :, None]
+    o_BTHC = attention(q_BTHL, k_BSJL, k_BSJL[..., : cfg.kv_lora_rank], visible_BTS, softmax_scale(cfg))
+    return _per_head(o_BTHC, w_uv_HVC.transpose(0, 2, 1))
+
+
+def _per_head(x_BTHX, w_HXY):
+    """Multiply each head by a matrix of its own -> (B, T, H, Y)."""
+    B, T, H, X = x_BTHX.shape
+    y_HMY = x_BTHX.reshape(B * T, H, X).transpose(1, 0, 2) @ w_HXY
+    return y_HMY.transpose(1, 0, 2).reshape(B, T, H, -1)
+
+
+def absorbing_is_cheaper(T, S, cfg):
+    """Count the multiplications of both forms for T queries over S keys, a head. Few queries: absorb; many: expand."""
+    C, R, N, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
+    naive = S * C * (N + V) + T * S * (N + R + V)
+    absorbed = T * C * (N + V) + T * S * (C + R + C)
+    return absorbed < naive
+
+
+def mla(x_BTD, w, layer, cfg, where, cache):
+    """Multi-head latent attention, eqs. (1)-(11): the definition without a cache, the cheaper form with one."""
+    name = f"model.layers.{layer}.self_attn"
+    q_nope_BTHN, q_rope_BTHR = mla_query(x_BTD, w, name, cfg, where)
+    record(f"{name}.q_rope", q_rope_BTHR)
+    kv_BTL = mla_latent(x_BTD, w, name, cfg, where)
+    if cache is None:
+        form, kv_BSL = mla_naive, kv_BTL
+    else:
+        kv_BSL = cache.append(layer, kv_BTL, where.start_B)
+        form = mla_absorbed if absorbing_is_cheaper(x_BTD.shape[1], kv_BSL.shape[1], cfg) else mla_naive
+    o_BTHV = form(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, where.visible_BTS)
+    return record(name, linear(o_BTHV.reshape(*x_BTD.shape[:2], -1), w, f"{name}.o_proj"))
+
+
+# ---- 5. DeepSeekMoE (section 2.1.2) --------------------------------------------------------------------------------
+# Each token picks a few experts out of many, and a bias that no gradient touches keeps the picks even.
+
+
+def route(x_BTD, w, name, cfg):
+    """Which experts, and with what gates -> index_BTK (lowest first among ties), gate_BTK in float32 or better.
+
+    Eq. (15) affinities; eq. (16) selection by affinity plus bias, among the experts of the topk_group groups whose two
+    best biased affinities sum highest; eqs. (13), (14) gates from the affinities alone, normalised, then scaled by
+    routed_scaling_factor, normalised or not. Experts of the other groups are masked with -inf; 0, as in older code,
+    lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
+    """
+    weight_ED, bias_E = wide(w[f"{name}.gate.weight"]), wide(w[f"{name}.gate.e_score_correction_bias"])
+    score_BTE = record(f"{name}.gate.scores", sigmoid(wide(x_BTD) @ weight_ED.T))
+    choice_BTE = score_BTE + bias_E
+    if cfg.n_group > 1:
+        choice_BTGX = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.n_group, -1)
+        group_BTG = xp.sum(xp.take_along_axis(choice_BTGX, top_k(choice_BTGX, 2), axis=-1), axis=-1)
+        keep_BTG = xp.any(one_hot(top_k(group_BTG, cfg.topk_group), cfg.n_group), axis=-2)
+        choice_BTE = xp.where(keep_BTG[..., None], choice_BTGX, -xp.inf).reshape(choice_BTE.shape)
+    index_BTK = record(f"{name}.gate.indices", top_k(choice_BTE, cfg.num_experts_per_tok))
+    gate_BTK = xp.take_along_axis(score_BTE, index_BTK, axis=-1)
+    if cfg.norm_topk_prob:
+        gate_BTK = gate_BTK / (xp.sum(gate_BTK, axis=-1, keepdims=True) + 1e-20)  # HF's guard; the paper has none
+    return index_BTK, record(f"{name}.gate.weights", gate_BTK * cfg.routed_scaling_factor)
+
+
+def moe_dense(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+    """Definition, the routed sum of eq. (12) over *all* experts, the gates of the unselected being 0.
+
+    The experts' matrices are laid side by side, so that the sum over experts is part of three large products. The gate
+    multiplies before W_down instead of after: they commute.
+    """
+    E = cfg.n_routed_experts
+    gate_BTE = xp.sum(xp.where(one_hot(index_BTK, E), gate_BTK[..., None], 0), axis=-2).astype(x_BTD.dtype)
+    w_gate, w_up, w_down = (
+        xp.stack([w[f"{name}.experts.{e}.{part}_proj.weight"] for e in range(E)]) for part in ("gate", "up", "down")
+    )
+    D = x_BTD.shape[-1]
+    a, b = x_BTD @ w_gate.reshape(-1, D).T, x_BTD @ w_up.reshape(-1, D).T
+    h_BTEX = (a * sigmoid(a) * b).reshape(*x_BTD.shape[:2], E, -1) * gate_BTE[..., None]
+    return h_BTEX.reshape(*x_BTD.shape[:2], -1) @ w_down.transpose(0, 2, 1).reshape(-1, D)
+
+
+def moe_sparse(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+    """Computation: each selected expert sees only the tokens that chose it."""
+    x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).reshape(-1, index_BTK.shape[-1])
+    gate_MK = gate_BTK.reshape(index_MK.shape).astype(x_BTD.dtype)
+    y_MD = xp.zeros_like(x_MD)
+    for e in np.unique(index_MK):
+        row, slot = map(to_device, np.nonzero(index_MK == e))  # an expert is at most once among a token's choices
+        y_MD[row] += gate_MK[row, slot][:, None] * swiglu(x_MD[row], w, f"{name}.experts.{e}")
+    return y_MD.reshape(x_BTD.shape)
+
+
+def moe(x_BTD, w, name, cfg, dense):
+    """Eq. (12) less its residual: the shared experts, one MLP of their joint width, plus the gated routed ones."""
+    index_BTK, gate_BTK = route(x_BTD, w, name, cfg)
+    y_BTD = (moe_dense if dense else moe_sparse)(x_BTD, w, name, index_BTK, gate_BTK, cfg)
+    return y_BTD + swiglu(x_BTD, w, f"{name}.shared_experts") if cfg.n_shared_experts else y_BTD
+
+
+def expert_load(index_BTK, cfg):
+    """How many tokens chose each expert -> (E,)."""
+    return xp.sum(one_hot(index_BTK, cfg.n_routed_experts), axis=(0, 1, 2))
+
+
+def update_bias(bias_E, load_E, gamma):
+    """Balancing without an auxiliary loss, after each training step: down by gamma where overloaded, up where
+    underloaded, sign(0) = 0. As printed (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift."""
+    return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype)
+
+
+def max_violation(load_E):
+    """MaxVio = (max load - mean load) / mean load (arXiv:2408.15664, eq. 4); 0 is perfect balance."""
+    return xp.max(load_E) / xp.mean(load_E) - 1
+
+
+def balance_loss(score_BTE, cfg):
+    """Eqs. (17)-(20) without alpha: sum_i f_i P_i of each sequence, averaged over the batch.
+
+    As printed: f counts the plain top K_r affinities, with neither bias nor group limit; it carries no gradient.
+    """
+    K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
+    f_BE = xp.mean(xp.sum(one_hot(top_k(score_BTE, K), E), axis=-2), axis=1) * (E / K)
+    p_BE = xp.mean(score_BTE / xp.sum(score_BTE, axis=-1, keepdims=True), axis=1)
+    return xp.mean(xp.sum(f_BE * p_BE, axis=-1))
+
+
+# ---- 6. The model --------------------------------------------------------------------------------------------------
+# Blocks of attention and MLP on a residual stream, each behind a norm; the first few MLPs are dense.
+
+
+def block(x_BTD, w, layer, cfg, where, cache):
+    """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    name = f"model.layers.{layer}"
+    normed_BTD = rms_norm(x_BTD, w[f"{name}.input_layernorm.weight"], cfg.rms_norm_eps)
+    x_BTD = x_BTD + mla(record(f"{name}.input_layernorm", normed_BTD), w, layer, cfg, where, cache)
+    normed_BTD = rms_norm(x_BTD, w[f"{name}.post_attention_layernorm.weight"], cfg.rms_norm_eps)
+    record(f"{name}.post_attention_layernorm", normed_BTD)
+    if layer < cfg.first_k_dense_replace:
+        y_BTD = swiglu(normed_BTD, w, f"{name}.mlp")
+    else:
+        y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, dense=cache is None)
+    return record(name, x_BTD + record(f"{name}.mlp", y_BTD))
+
+
+def forward(token_BT, w, cfg, cache=None, start_B=None):
+    """Token ids to the main model's states h^0 (B, T, D), after `model.norm`; `head` turns states into logits.
+
+    w: mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
+    definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds
+    before position start_B[b], and enter it. Rows of unequal length are padded on the right, with any token: nothing
+    before the padding sees it, and the next call writes over it.
+    """
+    B, T = token_BT.shape
+    embedding_WD = w["model.embed_tokens.weight"]
+    where = place(np.zeros(B, int) if start_B is None else start_B, T, cfg, embedding_WD.dtype)
+    x_BTD = record("model.embed_tokens", embedding_WD[to_device(token_BT)])
+    for layer in range(cfg.num_hidden_layers):
+        x_BTD = block(x_BTD, w, layer, cfg, where, cache)
+    return record("model.norm", rms_norm(x_BTD, w["model.norm.weight"], cfg.rms_norm_eps))
+
+
+def head(h_BTD, w, cfg):
+    """OutHead: states, normed already, to logits (B, T, W). The MTP modules share it and the embedding."""
+    return linear(h_BTD, w, "model.embed_tokens" if cfg.tie_word_embeddings else "lm_head")
+
+
+# ---- 7. Multi-token prediction (section 2.2) -----------------------------------------------------------------------
+# Module k predicts the token k+1 ahead: it joins the state of module k-1 with the embedding of the token k ahead.
+
+
+def mtp_depth(w, cfg):
+    """How many MTP modules there are: those of the config whose tensors exist (some checkpoints leave them out)."""
+    layers = range(cfg.num_hidden_layers, cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
+    return sum(f"model.layers.{layer}.eh_proj.weight" in w for layer in layers)
+
+
+def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
+    """Eqs. (21), (22): from pairs (h_i^{k-1}, t_{i+k}) at positions i, the states h_i^k (B, T, D), for k = 1..D.
+
+    Module k is layer num_hidden_layers + k - 1 of the checkpoint, a whole block with a latent cache of its own.
+    Where the paper leaves a choice or the released weights differ from it:
+    - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
+    - h^0 is the state after `model.norm`, and every h^k after its own `shared_head.norm` (HF, vLLM and SGLang;
+      DeepSeek-V3 #839 was never answered);
+    - a pair's position is i. Only differences of positions matter, so i + 1 (HF) gives the same;
+    - no embedding is masked at position 0 (vLLM masks one: its issue 33299).
+    """
+    name = f"model.layers.{cfg.num_hidden_layers + k - 1}"
+    B, T = token_BT.shape
+    where = place(np.zeros(B, int) if start_B is None else start_B, T, cfg, h_BTD.dtype)
+    embedded_BTD = w["model.embed_tokens.weight"][to_device(token_BT)]
+    embedded_BTD = rms_norm(embedded_BTD, w[f"{name}.enorm.weight"], cfg.rms_norm_eps)
+    state_BTD = rms_norm(h_BTD, w[f"{name}.hnorm.weight"], cfg.rms_norm_eps)
+    joined_BTX = xp.concatenate([embedded_BTD, state_BTD], axis=-1)
+    x_BTD = record(f"{name}.eh_proj", linear(joined_BTX, w, f"{name}.eh_proj"))
+    x_BTD = block(x_BTD, w, cfg.num_hidden_layers + k - 1, cfg, where, cache)
+    return rms_norm(x_BTD, w[f"{name}.shared_head.norm.weight"], cfg.rms_norm_eps)
+
+
+def cross_entropy(logits_BTW, target_BT):
+    """-log P(target) of each position, natural logarithm -> (B, T)."""
+    logits_BTW = wide(logits_BTW)
+    most_BT = xp.max(logits_BTW, axis=-1)
+    log_sum_BT = xp.log(xp.sum(xp.exp(logits_BTW - most_BT[..., None]), axis=-1)) + most_BT
+    return log_sum_BT - xp.take_along_axis(logits_BTW, target_BT[..., None], axis=-1)[..., 0]
+
+
+def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
+    """The loss of pre-training, L_main + L_MTP + L_Bal, of sequences of T + 1 tokens (X = T + 1).
+
+    L_main: mean cross-entropy of tokens 2..T+1. L_MTP = lambda / D sum_k L^k, eq. (25), where L^k, eq. (24), sums
+    T - k cross-entropies and, as printed, divides by T. L_Bal: `balance_loss` times alpha, summed over all layers
+    with experts. Defaults: lambda as for the first 10T tokens, alpha (section 4.2).
+
+    Returns the loss and its parts: {"main", "mtp": [L^1 .. L^D], "balance", "load": {name of the gate: load_E}}, the
+    loads being what `update_bias` needs. Differentiate with respect to w; the biases' gradient is 0 by construction.
+    """
+    token_BX = to_device(token_BX)
+    T, D = token_BX.shape[1] - 1, mtp_depth(w, cfg)
+    with recording() as named:
+        h_BTD = forward(token_BX[:, :T], w, cfg)
+        main = xp.mean(cross_entropy(head(h_BTD, w, cfg), token_BX[:, 1:]))
+        losses = []
+        for k in range(1, D + 1):
+            h_BTD = mtp(k, h_BTD[:, : T - k], token_BX[:, k:T], w, cfg)
+            loss_BT = cross_entropy(head(h_BTD, w, cfg), token_BX[:, k + 1 :])
+            losses.append(xp.mean(xp.sum(loss_BT, axis=1)) / T)
+    scores = {name.removesuffix(".scores"): score for name, score in named.items() if name.endswith(".gate.scores")}
+    balance = sum(balance_loss(score_BTE, cfg) for score_BTE in scores.values())
+    load = {name: expert_load(named[f"{name}.indices"], cfg) for name in scores}
+    total = main + mtp_weight * sum(losses) / max(D, 1) + balance_weight * balance
+    return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
+
+
+# ---- 8. Checkpoints ------------------------------------------------------------------------------------------------
+# safetensors files in the Hugging Face layout: mapped, not read; a tensor is decoded when it is first used.
+
+
+def tensor_shapes(cfg):
+    """Name -> shape of every tensor of the model, the MTP modules included, under the checkpoint's own names.
+
+    Released checkpoints hold the MTP modules' embedding and head a second time; they are shared, so not listed.
+    """
+    D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
+    N, V, Q, E, W = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.q_lora_rank, cfg.n_routed_experts, cfg.vocab_size
+    shapes = {"model.embed_tokens.weight": (W, D)}
+
+    def mlp(name, width):
+        shapes[f"{name}.gate_proj.weight"] = shapes[f"{name}.up_proj.weight"] = (width, D)
+        shapes[f"{name}.down_proj.weight"] = (D, width)
+
+    for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
+        name = f"model.layers.{layer}"
+        if layer >= cfg.num_hidden_layers:
+            shapes |= {f"{name}.{norm}.weight": (D,) for norm in ("enorm", "hnorm", "shared_head.norm")}
+            shapes[f"{name}.eh_proj.weight"] = (D, 2 * D)
+        shapes[f"{name}.input_layernorm.weight"] = shapes[f"{name}.post_attention_layernorm.weight"] = (D,)
+        query = {"q_proj.weight": (H * (N + R), D)} if Q is None else {
+            "q_a_proj.weight": (Q, D), "q_a_layernorm.weight": (Q,), "q_b_proj.weight": (H * (N + R), Q)
+        }  # fmt: skip
+        latent = {"kv_a_proj_with_mqa.weight": (C + R, D), "kv_a_layernorm.weight": (C,)}
+        out = {"kv_b_proj.weight": (H * (N + V), C), "o_proj.weight": (D, H * V)}
+        shapes |= {f"{name}.self_attn.{part}": shape for part, shape in (query | latent | out).items()}
+        if cfg.attention_bias:
+            biases = {"kv_a_proj_with_mqa": C + R, "o_proj": D} | ({} if Q is None else {"q_a_proj": Q})
+            shapes |= {f"{name}.self_attn.{part}.bias": (size,) for part, size in biases.items()}
+        if layer < cfg.first_k_dense_replace:
+            mlp(f"{name}.mlp", cfg.intermediate_size)
+            continue
+        shapes[f"{name}.mlp.gate.weight"], shapes[f"{name}.mlp.gate.e_score_correction_bias"] = (E, D), (E,)
+        if cfg.n_shared_experts:
+            mlp(f"{name}.mlp.shared_experts", cfg.n_shared_experts * cfg.moe_intermediate_size)
+        for e in range(E):
+            mlp(f"{name}.mlp.experts.{e}", cfg.moe_intermediate_size)
+    shapes["model.norm.weight"] = (D,)
+    return shapes if cfg.tie_word_embeddings else shapes | {"lm_head.weight": (W, D)}
+
+
+def read_json(path):
+    """The JSON object in a file; InputError if there is none."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON: {e}") from None
+    _require(isinstance(value, dict), f"{path}: must be a JSON object")
+    return value
+
+
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
+
+
+def read_safetensors(path):
+    """A file's tensors, name -> (dtype, array over the mapped bytes); BF16 as uint16 and F8_E4M3 as uint8.
+
+    The format: 8 bytes, the header's length n as little-endian; n bytes of JSON, {name: {dtype, shape, data_offsets}};
+    the raw tensors, row by row. Tensors of dtypes that no model weight has are left out.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            _require(8 <= size and length <= size - 8, f"{path}: truncated: its header does not fit in {size} bytes")
+            header = json.loads(file.read(length))
+            mapped = np.memmap(file, np.uint8, "r") if size else None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{path}: the header is not JSON: {e}") from None
+    _require(isinstance(header, dict), f"{path}: the header must be a JSON object")
+    header.pop("__metadata__", None)
+    data, tensors = mapped[8 + length :], {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= data.size
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        _require(sound, f"{path}: the header's entry for {name!r} is malformed or points outside the file")
+        if dtype in STORED:
+            needed = math.prod(shape) * np.dtype(STORED[dtype]).itemsize
+            _require(end - begin == needed, f"{path}: {name!r} has {end - begin} bytes, its shape needs {needed}")
+            tensors[name] = dtype, np.asarray(data[begin:end]).view(STORED[dtype]).reshape(shape)
+    return tensors
+
+
+def e4m3_values():
+    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, (code & 7) / 8
+    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    value[code & 127 == 127] = np.nan
+    return np.where(code < 128, value, -value).astype(np.float32)
+
+
+BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last ones of a row or column cropped
+
+
+def dequantize(code, scale):
+    """FP8 codes (out, in) and their `weight_scale_inv` (ceil(out/128), ceil(in/128)) -> float32.
+
+    The scale multiplies, whatever `inv` suggests: one float32 product is the definition.
+    """
+    rows, columns = code.shape
+    scale = xp.repeat(xp.repeat(scale, BLOCK, axis=0)[:rows], BLOCK, axis=1)[:, :columns]
+    return xp.take(to_device(e4m3_values()), code) * scale
+
+
+def decode(dtype, stored, scale=None):
+    """A stored tensor as an array of `xp` in a dtype that computes: F8 and BF16 exactly as float32, others as they
+    are. What travels to the device is the stored form."""
+    stored = to_device(stored)
+    if dtype == "F8_E4M3":
+        return dequantize(stored, to_device(scale))
+    return (stored.astype(xp.uint32) << 16).view(xp.float32) if dtype == "BF16" else stored
+
+
+class Checkpoint(Mapping):
+    """The weights in a directory: tensor name -> array of `xp` in `dtype`, decoded at first use and kept.
+
+    directory: holds model.safetensors, or shards and model.safetensors.index.json. Only the tensors of `tensor_shapes`
+    are members, each checked for its presence and shape now; those of absent MTP modules are not. `unused` lists what
+    the files hold beyond that. Raises InputError.
+    """
+
+    def __init__(self, directory, cfg, dtype=np.float32):
+        directory, self.dtype, self._decoded = Path(directory), np.dtype(dtype), {}
+        self._stored = stored = _read_shards(directory)
+        cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(stored, cfg))
+        self._shapes = tensor_shapes(cfg)
+        if missing := [name for name in self._shapes if name not in stored]:
+            raise InputError(f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; "
+                             "is the download complete, and does config.json belong to it?")  # fmt: skip
+        for name, shape in self._shapes.items():
+            dtype, array = stored[name]
+            _require(array.shape == shape, f"{directory}: {name} has shape {list(array.shape)}, "
+                     f"config.json says {list(shape)}")  # fmt: skip
+            if dtype == "F8_E4M3":
+                grid = tuple(-(-n // BLOCK) for n in array.shape)
+                scale_dtype, scale = stored.get(f"{name}_scale_inv", (None, None))
+                _require(scale is not None, f"{directory}: {name} is FP8 but {name}_scale_inv is missing")
+                _require(scale.shape == grid and scale_dtype == "F32",
+                         f"{directory}: {name}_scale_inv must be F32 of shape {list(grid)}")  # fmt: skip
+        used = {*self._shapes, *(f"{name}_scale_inv" for name in self._shapes)}
+        self.unused = sorted(name for name in stored if name not in used)
+
+    def __getitem__(self, name):
+        if name not in self._decoded:
+            dtype, stored = self._stored[name]
+            scale = self._stored[f"{name}_scale_inv"][1] if dtype == "F8_E4M3" else None
+            self._decoded[name] = decode(dtype, stored, scale).astype(self.dtype, copy=False)
+        return self._decoded[name]
+
+    def __contains__(self, name):
+        return name in self._shapes
+
+    def __iter__(self):
+        return iter(self._shapes)
+
+    def __len__(self):
+        return len(self._shapes)
+
+
+def _read_shards(directory):
+    """All tensors of a directory. The index, if there is one, says which file holds which; a weight and its scale may
+    lie in different files."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return read_safetensors(directory / "model.safetensors")
+    weight_map = read_json(index).get("weight_map")
+    _require(isinstance(weight_map, dict) and weight_map, f"{index}: lacks weight_map")
+    for shard in weight_map.values():
+        _require(isinstance(shard, str) and Path(shard).name == shard, f"{index}: {shard!r} is no plain file name")
+    shards = {shard: read_safetensors(directory / shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        _require(name in shards[shard], f"{directory / shard}: lacks {name}, which {index.name} places there")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
