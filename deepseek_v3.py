@@ -33,10 +33,9 @@ import contextvars
 import json
 import math
 import os
-import signal
-import struct
 import sys
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -430,11 +429,11 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
 def mla_query(x_BTD, w, name, cfg, where):
     """Eqs. (6)-(9): the compressed query, up to all heads; its last R entries rotated. -> q_nope_BTHN, q_rope_BTHR."""
     if cfg.q_lora_rank is None:
-        q_BTX = linear(x_BTD, w, f"{name}.q_proj")
+        q = linear(x_BTD, w, f"{name}.q_proj")
     else:
         c_BTQ = rms_norm(linear(x_BTD, w, f"{name}.q_a_proj"), w[f"{name}.q_a_layernorm.weight"], LATENT_EPS)
-        q_BTX = linear(c_BTQ, w, f"{name}.q_b_proj")
-    q_BTHX = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
+        q = linear(c_BTQ, w, f"{name}.q_b_proj")
+    q_BTHX = q.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
     q_nope_BTHN, q_rope_BTHR = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]
     cos_BTP, sin_BTP = where.cos_BTP, where.sin_BTP
     return q_nope_BTHN, rope(q_rope_BTHR, cos_BTP[:, :, None], sin_BTP[:, :, None], cfg.rope_interleave)
@@ -459,8 +458,8 @@ def kv_up(w, name, cfg):
 def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """Definition, eqs. (2), (4), (5), (10): expand each head's keys and values, then multi-head attention."""
     c_BSC, k_rope_BSR = kv_BSL[..., : cfg.kv_lora_rank], kv_BSL[..., cfg.kv_lora_rank :]
-    kv_BSHX = linear(c_BSC, w, f"{name}.kv_b_proj").reshape(*c_BSC.shape[:2], cfg.num_attention_heads, -1)
-    k_nope_BSHN, v_BSHV = kv_BSHX[..., : cfg.qk_nope_head_dim], kv_BSHX[..., cfg.qk_nope_head_dim :]
+    kv_BSHY = linear(c_BSC, w, f"{name}.kv_b_proj").reshape(*c_BSC.shape[:2], cfg.num_attention_heads, -1)
+    k_nope_BSHN, v_BSHV = kv_BSHY[..., : cfg.qk_nope_head_dim], kv_BSHY[..., cfg.qk_nope_head_dim :]
     k_rope_BSHR = xp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], cfg.qk_rope_head_dim))
     q_BTHX = xp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
     k_BSHX = xp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)
@@ -844,7 +843,7 @@ class Checkpoint(Mapping):
 
     def __init__(self, directory, cfg, dtype=np.float32):
         directory, self.dtype, self._decoded = Path(directory), np.dtype(dtype), {}
-        self._stored = stored = _read_shards(directory)
+        self.stored = stored = _read_shards(directory)
         cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(stored, cfg))
         self._shapes = tensor_shapes(cfg)
         if missing := [name for name in self._shapes if name not in stored]:
@@ -865,8 +864,8 @@ class Checkpoint(Mapping):
 
     def __getitem__(self, name):
         if name not in self._decoded:
-            dtype, stored = self._stored[name]
-            scale = self._stored[f"{name}_scale_inv"][1] if dtype == "F8_E4M3" else None
+            dtype, stored = self.stored[name]
+            scale = self.stored[f"{name}_scale_inv"][1] if dtype == "F8_E4M3" else None
             self._decoded[name] = decode(dtype, stored, scale).astype(self.dtype, copy=False)
         return self._decoded[name]
 
@@ -894,3 +893,556 @@ def _read_shards(directory):
     for name, shard in weight_map.items():
         _require(name in shards[shard], f"{directory / shard}: lacks {name}, which {index.name} places there")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+# ---- 9. Generation -------------------------------------------------------------------------------------------------
+# One loop: feed what is new, choose the next token, let the MTP module guess the one after; verify the guess next time.
+
+CHUNK = 512  # tokens of a prompt that go through the model at once: memory for scores grows with CHUNK x context
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all tokens in."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(0 <= self.temperature < math.inf, f"temperature must be 0 or more, not {self.temperature}")
+        _require(self.top_k >= 0, f"top-k must be 0 (all) or more, not {self.top_k}")
+        _require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
+        _require(self.seed >= 0, f"seed must be 0 or more, not {self.seed}")
+
+
+@dataclass
+class Stats:
+    """What a generation did; `generate` fills it in. The first token of each row counts as the prompt's time."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rows: int = 0
+    cache_bytes: int = 0
+    times: list = field(default_factory=list)  # seconds, at the start and after each round
+
+    def line(self):
+        def rate(tokens, times):
+            return f"{tokens / (times[-1] - times[0]) if len(times) > 1 else 0:.1f} tok/s"
+
+        return (
+            f"prompt: {self.prompt_tokens} tokens, {rate(self.prompt_tokens, self.times[:2])}"
+            f" · new: {self.new_tokens} tokens, {rate(self.new_tokens - self.rows, self.times[1:])}"
+            f" · drafted {self.drafted}, accepted {self.accepted}"
+            f" · cache {self.cache_bytes / 1000:.0f} KB · peak memory {_peak_memory() / 1e6:.0f} MB"
+        )
+
+
+def _peak_memory():
+    """Bytes that this process has had in memory at most (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def distribution(logits_W, sampling):
+    """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then top-k, then top-p (the
+    fewest likeliest tokens that reach it). Among equals the lowest id comes first."""
+    logits_W = logits_W.astype(np.float64)
+    _require(np.isfinite(logits_W).all(), "the model's logits are not finite: the weights or the dtype overflow")
+    if sampling.temperature == 0:
+        return (np.arange(logits_W.size) == np.argmax(logits_W)).astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature: e^-inf is the 0 it should be
+        p_W = np.exp((logits_W - logits_W.max()) / sampling.temperature)
+    p_W /= p_W.sum()
+    if sampling.top_k or sampling.top_p < 1:
+        order_W = np.argsort(-p_W, kind="stable")
+        keep = sampling.top_k or p_W.size
+        keep = min(keep, int(np.searchsorted(np.cumsum(p_W[order_W]), sampling.top_p)) + 1)
+        p_W[order_W[keep:]] = 0
+        p_W /= p_W.sum()
+    return p_W
+
+
+def draw(p_W, rng):
+    """An index with probability p_W[index]: the only place where chance enters."""
+    cumulated = np.cumsum(p_W)
+    chosen = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
+    return int(min(chosen, np.flatnonzero(p_W)[-1]))
+
+
+def verify(p_W, q_W, draft, rng):
+    """The rejection rule of speculative sampling (arXiv:2211.17192): whether a draft drawn from q stands, and the
+    token, which is distributed as p exactly. Accept with probability min(1, p/q), else draw from max(p - q, 0)."""
+    accept = min(1.0, p_W[draft] / q_W[draft])
+    if draw([1 - accept, accept], rng):
+        return True, draft
+    return False, draw(np.maximum(p_W - q_W, 0), rng)
+
+
+def pad(rows):
+    """Lists of token ids to one array (B, T), on the right with 0; how many there are never matters (see `Cache`)."""
+    token_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for b, row in enumerate(rows):
+        token_BT[b, : len(row)] = row
+    return token_BT
+
+
+def check_prompts(prompts, cfg, max_tokens):
+    """Raise InputError for prompts that cannot be continued by max_tokens."""
+    for n, prompt in enumerate(prompts):
+        _require(len(prompt), f"prompt {n} is empty: it needs at least one token")
+        bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
+        _require(not bad, f"prompt {n}: token id {bad[:1]} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
+        _require(len(prompt) + max_tokens <= cfg.max_position_embeddings,
+                 f"prompt {n} has {len(prompt)} tokens; with {max_tokens} new ones that is more than the model's "
+                 f"{cfg.max_position_embeddings} positions")  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One sequence while it is generated."""
+
+    feed: list  # its tokens that the cache does not hold yet: the prompt at first, then the last token
+    left: int  # how many tokens may still be made
+    rng: np.random.Generator
+    draft: int | None = None
+    q_W: np.ndarray | None = None  # what the draft was drawn from
+
+    def choose(self, logits_UW, sampling):
+        """The next token, or the next two if there is a draft and it stands."""
+        p_W = distribution(logits_UW[0], sampling)
+        if self.draft is None:
+            return [draw(p_W, self.rng)]
+        stands, token = verify(p_W, self.q_W, self.draft, self.rng)
+        return [token, draw(distribution(logits_UW[1], sampling), self.rng)] if stands else [token]
+
+
+def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, cache=None, stats=None):
+    """Continue each prompt; yields (row, token) as tokens are made. A row ends after max_tokens or a token in `stop`.
+
+    prompts: lists of token ids, of any lengths; rows do not influence each other, and row b draws from its own random
+    stream (seed, b). speculate: draft with the first MTP module, if there is one; this changes the speed, not the
+    distribution, and not one token of greedy output. cache: of an earlier call; what its tokens and the prompts have in
+    common is not computed again. Raises InputError before any work.
+
+    Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If it would itself have
+    said the draft, both this and the token after it are known; if not, only the first, and the draft's cache entry is
+    left to be overwritten. The MTP module then sees the new pairs (h_i, t_i+1) and drafts again. Its pairs hold only
+    verified tokens and states, so its cache is right after every accept and reject.
+    """
+    sampling, stats, B = sampling or Sampling(), stats or Stats(), len(prompts)
+    check_prompts(prompts, cfg, max_tokens)
+    cache = cache or Cache(B, max(map(len, prompts)) + max_tokens + 1)  # the last draft may stand one past the end
+    speculate = speculate and mtp_depth(w, cfg) > 0
+    for held, prompt in zip(cache.tokens, prompts, strict=True):
+        del held[max(0, len(os.path.commonprefix([held, list(prompt)])) - 1) :]  # one less: its MTP pair has t_i+1 in it
+    rows = [Row(list(prompt[len(held) :]), max_tokens, np.random.default_rng([sampling.seed, b]))
+            for b, (held, prompt) in enumerate(zip(cache.tokens, prompts, strict=True))]  # fmt: skip
+    stats.prompt_tokens, stats.rows, stats.times = sum(len(row.feed) for row in rows), B, [time.perf_counter()]
+    while True:
+        start_B = np.array([len(held) for held in cache.tokens])
+        token_BT = pad([row.feed + [row.draft] * (row.draft is not None) for row in rows])
+        h_BTD = in_chunks(lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT.shape[1])
+        guesses = any(row.draft is not None for row in rows)
+        logits = logits_from([len(row.feed) - 1 for row in rows], 1 + guesses, h_BTD, w, cfg)
+        new = [row.choose(logits[b], sampling) if row.left else [] for b, row in enumerate(rows)]
+        stats.times.append(time.perf_counter())
+        stats.cache_bytes = cache.nbytes
+        for b, row in enumerate(rows):
+            stats.drafted += bool(new[b]) and row.draft is not None
+            stats.accepted += len(new[b]) == 2
+            for token in new[b]:
+                if row.left:
+                    row.left = 0 if token in stop else row.left - 1
+                    stats.new_tokens += 1
+                    yield b, token
+        if not any(row.left for row in rows):
+            return
+        if speculate:
+            draft(rows, new, h_BTD, w, cfg, cache, start_B, sampling)
+        for held, row, tokens in zip(cache.tokens, rows, new, strict=True):
+            if tokens:
+                held += row.feed + tokens[:-1]
+                row.feed = tokens[-1:]
+
+
+def draft(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
+    """Show the MTP module the pairs (h_i, t_i+1) that this round's new tokens complete; draw each live row's draft."""
+    pairs = [(row.feed + tokens)[1:] for row, tokens in zip(rows, new, strict=True)]
+    token_BT = pad(pairs)
+    h_BTD = in_chunks(
+        lambda part: mtp(1, h_BXD[:, part], token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT.shape[1]
+    )
+    logits = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
+    for b, row in enumerate(rows):
+        row.q_W = distribution(logits[b, 0], sampling) if row.left else None
+        row.draft = draw(row.q_W, row.rng) if row.left else None
+
+
+def in_chunks(step, T):
+    """step(slice) -> (B, t, D) over CHUNK positions at a time, joined to (B, T, D)."""
+    return xp.concatenate([step(slice(t, min(t + CHUNK, T))) for t in range(0, T, CHUNK)], axis=1)
+
+
+def logits_from(first, count, h_BTD, w, cfg):
+    """The logits of `count` states of each row b, from h[b, first[b]] on, on the host: (B, count, W)."""
+    B, T, _ = h_BTD.shape
+    index = np.clip(np.array(first)[:, None] + np.arange(count), 0, T - 1)  # rows that are done may point anywhere
+    return to_host(head(h_BTD[xp.arange(B)[:, None], to_device(index)], w, cfg))
+
+
+def trace(prompts, w, cfg):
+    """Every named activation of the prompts' forward pass -> {name: NumPy array (T, ...)}, in the order of computation.
+
+    The names are the paths of the checkpoint's modules; of several prompts, prefixed "{n}/". The MTP modules see the
+    pairs within the prompt, so their arrays have T - k rows.
+    """
+    check_prompts(prompts, cfg, 0)
+    token_BX = pad(prompts)
+    (B, X), cache = token_BX.shape, Cache(len(prompts))
+    with recording() as named:
+        h_BTD = forward(token_BX, w, cfg, cache)
+        record("lm_head", head(h_BTD, w, cfg))
+        for k in range(1, min(mtp_depth(w, cfg), X - 1) + 1):
+            h_BTD = mtp(k, h_BTD[:, : X - k], token_BX[:, k:], w, cfg, cache)
+            record(f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head", head(h_BTD, w, cfg))
+    named = {name: to_host(x) for name, x in named.items()}
+    prefixes = [f"{n}/" if B > 1 else "" for n in range(B)]
+    return {prefixes[n] + name: x[n, : max(0, x.shape[1] - X + len(prompt))]
+            for n, prompt in enumerate(prompts) for name, x in named.items()}  # fmt: skip
+
+
+TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 5e-2}  # of a difference, relative to the array's rms, by the bytes of the dtype
+
+
+def compare(ours, theirs):
+    """Compare two traces in the order of computation. -> (whether they agree, one line that says so or names the first
+    array that departs). Chosen experts are compared as sets, their gates in the order of the experts."""
+    worst, common = 0.0, [name for name in ours if name in theirs]
+    _require(common, f"no array of the file has a name of the trace, such as {next(iter(ours))}")
+    for name in common:
+        a, b = ours[name], np.asarray(theirs[name])
+        if a.shape != b.shape:
+            return False, f"departs at {name}: shape {list(b.shape)} instead of {list(a.shape)}"
+        if name.endswith(".gate.indices"):
+            a, b = np.sort(a), np.sort(b)
+            if (a != b).any():
+                return False, f"departs at {name}: {int((a != b).any(-1).sum())} of {len(a)} tokens chose other experts"
+            continue
+        if name.endswith(".gate.weights") and (index := name.replace("weights", "indices")) in theirs:
+            a = np.take_along_axis(a, np.argsort(ours[index]), -1)
+            b = np.take_along_axis(b, np.argsort(theirs[index]), -1)
+        rms = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) if a.size else 0.0
+        error = float(np.max(np.abs(a - b.astype(np.float64)), initial=0.0))
+        tolerance = TOLERANCE.get(min(a.itemsize, b.itemsize), TOLERANCE[2])
+        if not error <= tolerance * rms:
+            return False, f"departs at {name}: by up to {error:.3g}, where its rms is {rms:.3g}"
+        worst = max(worst, error / rms if rms else 0.0)
+    return True, f"agree: {len(common)} of {len(ours)} arrays compared, largest difference {worst:.1e} of an array's rms"
+
+
+# ---- 10. Command line ----------------------------------------------------------------------------------------------
+# python deepseek_v3.py --prompt "Once upon a time". Text goes to stdout, everything else to stderr.
+
+
+def choose_device(wanted):
+    """(namespace, reason) for auto, cpu or gpu. auto takes the GPU if it works; gpu raises InputError if it does not."""
+
+    def no(why, remedy):
+        _require(wanted != "gpu", f"--device gpu: {why}; {remedy}")
+        return np, f"cpu: {why}"
+
+    if wanted == "cpu":
+        return np, "cpu: asked for"
+    try:
+        import cupy
+    except ModuleNotFoundError as e:
+        if e.name == "cupy":
+            return no("CuPy is not installed", 'pip install "cupy-cuda13x[ctk]" (or cupy-cuda12x, by the driver)')
+        return no(f"CuPy lacks {e.name}", "reinstall it")
+    except ImportError as e:
+        return no(f"CuPy does not import ({str(e).strip().splitlines()[0]})", "install the one wheel that fits the driver")
+    runtime = cupy.cuda.runtime
+    try:
+        driver, count = runtime.driverGetVersion(), runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as e:
+        if e.status == 35:  # cudaErrorInsufficientDriver, which is also what a missing driver gives
+            return no("the NVIDIA driver is missing or older than this CuPy's CUDA", "install or update it: see nvidia-smi")
+        if e.status != 100:  # cudaErrorNoDevice
+            return no(f"CUDA answers: {e}", "see nvidia-smi")
+        driver, count = 0, 0
+    if not count:
+        return no("the driver sees no GPU", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
+    try:  # CUDA's libraries are loaded late: a kernel needs NVRTC, a product cuBLAS
+        one = cupy.ones((2, 2), np.float32)
+        float((one @ one).sum())
+    except (ImportError, OSError, RuntimeError) as e:
+        return no(f"CUDA's libraries do not load ({str(e).strip().splitlines()[0]})", 'pip install "cupy-cuda13x[ctk]"')
+    return cupy, f"gpu: {runtime.getDeviceProperties(0)['name'].decode()}, driver for CUDA {driver // 1000}"
+
+
+def inspect(cfg, checkpoint=None):
+    """A table of parameters and cache: the numbers of section 4.2 and of the DeepSeek-V2 report's Table 1."""
+    main = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
+    total = sum(map(math.prod, main.values()))
+    module = sum(map(math.prod, tensor_shapes(cfg).values())) - total
+    idle = max(0, cfg.num_hidden_layers - cfg.first_k_dense_replace) * (cfg.n_routed_experts - cfg.num_experts_per_tok)
+    activated = total - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
+    latent, H = cfg.kv_lora_rank + cfg.qk_rope_head_dim, cfg.num_attention_heads
+    pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim  # one head's key and value
+    lines = [
+        f"parameters of the main model  {total:>19,}",
+        f"  activated for a token       {activated:>19,}  embedding and head included",
+        f"parameters of MTP modules     {module:>19,}  beside the shared embedding and head",
+        f"cache elements a token        {latent * cfg.num_hidden_layers:>19,}  "
+        f"{2 * latent * cfg.num_hidden_layers:,} bytes in BF16",
+    ]
+    for label, heads in (("MHA", H), ("GQA, 8 key heads", 8), ("MQA", 1)):
+        if H % heads == 0:
+            elements = heads * pair * cfg.num_hidden_layers
+            lines.append(f"  with {label:<22} {elements:>19,}  {heads * pair / latent:.1f} times as many")
+    if checkpoint:
+        sizes = {}
+        for dtype, stored in checkpoint.stored.values():
+            sizes[dtype] = sizes.get(dtype, 0) + stored.nbytes
+        lines += [f"on disk in {dtype:<18} {size:>19,}  bytes" for dtype, size in sorted(sizes.items())]
+    return "\n".join(lines)
+
+
+class Text:
+    """A checkpoint's tokenizer.json, with the BOS that its tokenizer_config.json may ask for."""
+
+    def __init__(self, directory):
+        path = Path(directory) / "tokenizer.json"
+        _require(path.exists(), f"{directory} has no tokenizer.json: give token ids with --tokens")
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError("text needs the tokenizers package: pip install tokenizers, or give --tokens") from None
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception for a malformed file
+            raise InputError(f"{path}: {e}") from None
+        self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+        settings = Path(directory) / "tokenizer_config.json"
+        self.settings = read_json(settings) if settings.exists() else {}
+        template = Path(directory) / "chat_template.jinja"
+        self.chat_template = template.read_text("utf-8") if template.exists() else self.settings.get("chat_template")
+        self.special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key in ("bos_token", "eos_token")
+            if (value := self.settings.get(key))
+        }
+
+    def encode(self, text, special=True):
+        """Token ids of a prompt. special: begin with BOS, once, if the tokenizer or its configuration says so."""
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=special).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InputError("the prompt is not valid Unicode: it has a lone surrogate or bytes that are not UTF-8") from None
+        bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
+        return [bos, *ids] if special and self.settings.get("add_bos_token") and bos is not None and ids[:1] != [bos] else ids
+
+    def render(self, messages):
+        """The conversation in the checkpoint's own chat template. A template is untrusted: it runs in Jinja's sandbox."""
+        _require(isinstance(self.chat_template, str), "this checkpoint has no chat template: it continues text, use --prompt")
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise InputError("--chat needs the jinja2 package: pip install jinja2") from None
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            template = environment.from_string(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except TemplateError as e:
+            raise InputError(f"the checkpoint's chat template fails: {e}") from None
+
+
+def end_tokens(directory):
+    """The ids that end a text, of generation_config.json or else of config.json, which give one id, a list or null."""
+    for name in ("generation_config.json", "config.json"):
+        if (Path(directory) / name).exists():
+            ids = read_json(Path(directory) / name).get("eos_token_id")
+            if ids is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                _require(all(type(t) is int for t in ids), f"{Path(directory) / name}: eos_token_id must be ids")
+                return set(ids)
+    return set()
+
+
+def write_npz(path, arrays):
+    """Write beside the path, then rename: what stands at the path is whole, or as it was."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+
+
+def read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror or e}") from None
+    except (ValueError, zipfile.BadZipFile, EOFError):
+        raise InputError(f"{path}: not an .npz file of plain arrays") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def parse_arguments(argv):
+    parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 in one file of NumPy and CuPy. Without arguments it "
+                    "tells a story.")  # fmt: skip
+    add = parser.add_argument
+    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - reads it from stdin; repeat for a batch")
+    add("--tokens", action="append", default=[], metavar="IDS", help='token ids instead, "3 14 15"; prints ids; repeat for a batch')
+    add("--weights", type=Path, default=Path(__file__).resolve().parent / "weights", metavar="DIR",
+        help="checkpoint in the Hugging Face layout (default: weights/ beside this file)")
+    add("-n", "--max-tokens", "--max-new-tokens", type=int, default=200, metavar="N", help="new tokens at most (200); 0: only the forward pass")
+    add("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that together reach P")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all")
+    add("--seed", type=int, default=0, metavar="S", help="same seed, same text")
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="NumPy or CuPy; auto (default): the GPU if there is one")
+    add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
+    add("--no-mtp", action="store_true", help="decode without speculation")
+    add("--chat", action="store_true", help="converse in the checkpoint's chat template, a line of stdin a turn")
+    add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
+    add("--compare", metavar="FILE.npz", help="report the first of them where a port's trace departs; exit code 1 if it does")
+    add("--inspect", action="store_true", help="parameters and cache of the checkpoint, or of a bare config.json")  # fmt: skip
+    args = parser.parse_args(argv)
+    _require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
+    _require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
+    _require(not (args.chat and (args.tokens or args.trace or args.compare)), "--chat takes no --tokens, --trace or --compare")
+    return args
+
+
+def read_prompt(text):
+    """A --prompt: itself, or for "-" what stdin holds, less one final newline."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as e:
+        raise InputError(f"stdin is not UTF-8: {e.reason} at byte {e.start}") from None
+
+
+def read_ids(text):
+    try:
+        return [int(t) for t in text.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"--tokens takes integers separated by spaces, not {text!r}") from None
+
+
+def say(text, end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def run(args):
+    """Do what the arguments ask for; returns the exit code."""
+    global xp
+    if args.inspect:
+        files = args.weights.is_dir() and any(args.weights.glob("model.safetensors*"))
+        cfg = read_config(args.weights)
+        print(inspect(cfg, Checkpoint(args.weights, cfg) if files else None))
+        return 0
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    _require(args.weights.is_dir(), f"{args.weights}: no such directory; --weights takes one with config.json and weights")
+    xp, _ = choose_device(args.device)
+    cfg = read_config(args.weights)
+    text = None if args.tokens else Text(args.weights)
+    w = Checkpoint(args.weights, cfg, args.dtype)
+    if w.unused:
+        say(f"note: {len(w.unused)} tensors have no place in the model and are not read: {w.unused[0]} ...")
+    stop, speculate = end_tokens(args.weights), not args.no_mtp
+
+    def make(prompts, show, cache=None):
+        """Generate, show what is made, and close with the line of statistics, also when interrupted."""
+        stats, made = Stats(), [[] for _ in prompts]
+        try:
+            for b, token in generate(prompts, w, cfg, args.max_tokens, sampling, stop, speculate, cache, stats):
+                made[b].append(token)
+                if b == 0:
+                    print(show(0, token), end="", flush=True)
+        finally:
+            print(flush=True)
+            for b in range(1, len(prompts)):
+                print("".join(show(b, token) for token in made[b]), flush=True)
+            say(stats.line())
+        return made
+
+    if args.chat:
+        return converse(args, text, make, stop)
+    prompts = [read_ids(t) for t in args.tokens] or [text.encode(read_prompt(t)) for t in args.prompt or ["Once upon a time"]]
+    check_prompts(prompts, cfg, args.max_tokens)
+    agree = True
+    if args.trace or args.compare:
+        theirs = read_npz(args.compare) if args.compare else None
+        ours = trace(prompts, w, cfg)
+        if args.trace:
+            write_npz(args.trace, ours)
+        if args.compare:
+            agree, verdict = compare(ours, theirs)
+            say(f"{args.compare}: {verdict}")
+    make(prompts, shower(text, len(prompts)))
+    return 0 if agree else 1
+
+
+def shower(text, rows):
+    """show(row, token) -> what to print for it: the text that it completes, never half a character; or the bare id."""
+    if text is None:
+        begun = set()
+        return lambda b, token: f"{token}" if not (b in begun or begun.add(b)) else f" {token}"
+    streams = [text.new_stream() for _ in range(rows)]
+    return lambda b, token: streams[b].step(text.tokenizer, token) or ""
+
+
+def converse(args, text, make, stop):
+    """A conversation: each line of stdin is a turn, after those given with --prompt; the cache goes from turn to turn."""
+    messages, cache = [], Cache(1)
+    text.render([])  # refuses a checkpoint without a template before anything is typed
+    turns = iter(args.prompt)
+    while True:
+        if (line := next(turns, None)) is None:
+            say("> ", end="")
+            if not (line := sys.stdin.readline()):
+                return 0
+        messages.append({"role": "user", "content": line.strip()})
+        made = make([text.encode(text.render(messages), special=False)], shower(text, 1), cache)
+        answer = text.tokenizer.decode([t for t in made[0] if t not in stop])
+        messages.append({"role": "assistant", "content": answer})
+
+
+def main(argv=None):
+    """The command line. Exit codes: 0 done, 1 a compared trace departs, 2 refused in one line, 130 interrupted."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+        return run(parse_arguments(argv))
+    except InputError as e:
+        say(f"deepseek_v3.py: {e}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as in `| head -1`: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

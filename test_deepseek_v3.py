@@ -1,0 +1,809 @@
+"""Every promise that deepseek_v3.py makes, as a test.
+
+    pytest                  all of it, some minutes on two cores
+    pytest -k absorbed      one property
+
+Properties run in float64 to TIGHT, relative to the largest value; where float32 has a tolerance of its own, it is
+stated with the test. Parity is with Hugging Face transformers, whose activations are shipped as data.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import deepseek_v3 as dsv3
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = HERE / "weights"
+TIGHT = 1e-10
+settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+
+# ---- Small models --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def configs(draw, mtp=st.integers(0, 2), moe=True):
+    """Configurations of every structure: with and without compressed queries, groups, shared experts, YaRN, ties."""
+    groups, per_group = draw(st.integers(1, 4)), draw(st.integers(2, 4))
+    kept = draw(st.integers(1, groups))
+    yarn = dsv3.Yarn(
+        factor=draw(st.sampled_from([1.0, 4.0, 40.0])),
+        original_max_position_embeddings=draw(st.sampled_from([8, 4096])),
+        mscale=draw(st.sampled_from([None, 0.707, 1.0])),
+        mscale_all_dim=draw(st.sampled_from([None, 0.0, 0.707, 1.0])),
+        truncate=draw(st.booleans()),
+    )
+    layers = draw(st.integers(1, 3))
+    return dsv3.Config(
+        vocab_size=draw(st.integers(5, 30)),
+        hidden_size=draw(st.integers(4, 20)),
+        num_hidden_layers=layers,
+        num_attention_heads=draw(st.integers(1, 4)),
+        q_lora_rank=draw(st.one_of(st.none(), st.integers(3, 9))),
+        kv_lora_rank=draw(st.integers(2, 9)),
+        qk_nope_head_dim=draw(st.integers(1, 9)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 4)),
+        v_head_dim=draw(st.integers(1, 9)),
+        attention_bias=draw(st.booleans()),
+        intermediate_size=draw(st.integers(3, 12)),
+        first_k_dense_replace=draw(st.integers(0, layers - moe)),
+        moe_intermediate_size=draw(st.integers(2, 6)),
+        n_shared_experts=draw(st.integers(0, 2)),
+        n_routed_experts=groups * per_group,
+        num_experts_per_tok=draw(st.integers(1, kept * per_group)),
+        n_group=groups,
+        topk_group=kept,
+        norm_topk_prob=draw(st.booleans()),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+        rope_scaling=draw(st.one_of(st.none(), st.just(yarn))),
+        rope_interleave=draw(st.booleans()),
+        max_position_embeddings=512,
+        tie_word_embeddings=draw(st.booleans()),
+        num_nextn_predict_layers=draw(mtp),
+    )
+
+
+seeds = st.integers(0, 2**32 - 1)
+SMALL = dsv3.Config(  # every letter of the dimension key has a size of its own
+    vocab_size=31, hidden_size=22, num_hidden_layers=3, num_attention_heads=3, q_lora_rank=13, kv_lora_rank=11,
+    qk_nope_head_dim=7, qk_rope_head_dim=4, v_head_dim=5, intermediate_size=17, first_k_dense_replace=1,
+    moe_intermediate_size=9, n_routed_experts=12, num_experts_per_tok=6, n_group=4, topk_group=2,
+    rope_scaling=dsv3.Yarn(mscale=1.0, mscale_all_dim=1.0), max_position_embeddings=512, num_nextn_predict_layers=2,
+)  # fmt: skip
+
+
+def make_weights(cfg, seed=0, dtype=np.float64):
+    """Random weights of a size at which every part of the model matters."""
+    rng, w = np.random.default_rng(seed), {}
+    for name, shape in dsv3.tensor_shapes(cfg).items():
+        x = rng.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            x = 1 + 0.2 * x
+        elif name.endswith("e_score_correction_bias"):
+            x = 0.1 * x
+        elif len(shape) == 2 and "embed_tokens" not in name:
+            x = x * 1.5 / math.sqrt(shape[1])
+        w[name] = x.astype(dtype)
+    return w
+
+
+def make_tokens(cfg, seed, *shape):
+    return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape)
+
+
+def assert_close(a, b, tolerance=TIGHT):
+    """Equal to `tolerance`, relative to the largest value (at least 1)."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    assert np.all(np.isfinite(a)) and np.all(np.isfinite(b))
+    scale = max(1.0, float(np.max(np.abs(b), initial=0)))
+    assert float(np.max(np.abs(a - b), initial=0)) <= tolerance * scale
+
+
+# ---- 1. Arrays -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.data())
+def test_top_k_is_sorted_and_ties_go_to_the_lowest_index(values, data):
+    k = data.draw(st.integers(1, len(values)))
+    expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    assert dsv3.top_k(np.array(values, float), k).tolist() == expected
+
+
+def test_recording_is_off_outside_its_block():
+    with dsv3.recording() as outer:
+        dsv3.record("a", 1)
+        with dsv3.recording() as inner:
+            dsv3.record("b", 2)
+        dsv3.record("c", 3)
+    assert dsv3.record("d", 4) == 4
+    assert (outer, inner) == ({"a": 1, "c": 3}, {"b": 2})
+
+
+# ---- 2. Configuration ----------------------------------------------------------------------------------------------
+
+RELEASE = {  # the release's config.json, abridged to what matters
+    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "n_shared_experts": 1, "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
+    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8,
+    "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True, "hidden_act": "silu",
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-06, "rope_theta": 10000, "tie_word_embeddings": False,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+}  # fmt: skip
+
+
+def without(keys, *names):
+    return {k: v for k, v in keys.items() if k not in names}
+
+
+def test_the_defaults_are_the_release():
+    assert dsv3.Config.from_dict(RELEASE) == dsv3.Config()
+
+
+def test_both_spellings_of_the_configuration_are_one():
+    rope = without(RELEASE["rope_scaling"], "type") | {"rope_type": "yarn", "rope_theta": 10000}
+    hf5 = without(RELEASE, "rope_scaling", "rope_theta", "scoring_func", "topk_method", "num_nextn_predict_layers")
+    hf5 |= {"rope_parameters": rope, "num_mtp_layers": 1, "rope_interleave": True}
+    assert dsv3.Config.from_dict(hf5) == dsv3.Config()
+    plain = dsv3.Config.from_dict(hf5 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}})
+    assert (plain.rope_scaling, plain.rope_theta) == (None, 5e4)
+    assert dsv3.Config.from_dict(without(RELEASE, "rope_scaling")).rope_scaling is None
+    assert dsv3.Config.from_dict(RELEASE | {"q_lora_rank": None}).q_lora_rank is None
+    factorless = dsv3.Config.from_dict(RELEASE | {"rope_scaling": without(RELEASE["rope_scaling"], "factor")})
+    assert factorless.rope_scaling.factor == 40
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"model_type": "llama"}, "model_type 'llama'"),
+    ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2'"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+    ({"topk_method": "greedy"}, "topk_method 'greedy'"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
+    ({"num_key_value_heads": 8}, "num_key_value_heads"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
+    ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": RELEASE["rope_scaling"] | {"factor": "40"}}, "factor"),
+    ({"rope_scaling": RELEASE["rope_scaling"] | {"truncate": 1}}, "truncate"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size"),
+    ({"quantization_config": []}, None),
+    ({"quantization_config": "fp8"}, "quantization_config"),
+    ({"hidden_size": "7168"}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"hidden_size": 0}, "hidden_size"),
+    ({"hidden_size": 10**30}, "hidden_size"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    ({"qk_rope_head_dim": 63}, "qk_rope_head_dim"),
+    ({"n_group": 7}, "n_group"),
+    ({"n_group": 256, "topk_group": 8}, "n_group"),
+    ({"topk_group": 9}, "topk_group"),
+    ({"topk_group": 1, "num_experts_per_tok": 33}, "num_experts_per_tok"),
+])  # fmt: skip
+def test_a_configuration_that_is_not_implemented_is_refused_by_name(change, said):
+    if said is None:
+        assert dsv3.Config.from_dict(RELEASE | change) == dsv3.Config()
+        return
+    with pytest.raises(dsv3.InputError) as refusal:
+        dsv3.Config.from_dict(RELEASE | change)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+# ---- 3. Primitives -------------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.floats(1e-2, 1e2))
+def test_rms_norm_ignores_scale(seed, factor):
+    x, weight = np.random.default_rng(seed).standard_normal((2, 3, 7))
+    assert_close(dsv3.rms_norm(x * factor, weight[0], 1e-300), dsv3.rms_norm(x, weight[0], 1e-300))
+    assert_close(dsv3.rms_norm(x, weight[0], 0.5), x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5) * weight[0])
+
+
+def test_half_precision_is_widened_for_statistics_and_rounded_once_before_the_weight():
+    x = np.array([300.0, -0.5], np.float16)  # 300^2 overflows float16
+    weight = np.array([1.0009765625, 3.0], np.float16)
+    normed = (x.astype(np.float32) / np.sqrt(np.float32(300.0**2 + 0.25) / 2 + np.float32(1e-6))).astype(np.float16)
+    got = dsv3.rms_norm(x, weight, 1e-6)
+    assert got.dtype == np.float16 and np.array_equal(got, normed * weight)
+    assert dsv3.softmax(np.zeros(3000, np.float16)).dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_no_activation_overflows(dtype):
+    extreme = np.array([-1e4, -100, -1, 0, 1, 100, 1e4], dtype)
+    with np.errstate(all="raise", under="ignore"):
+        y = dsv3.sigmoid(extreme)
+        p = dsv3.softmax(extreme)
+        dsv3.rms_norm(extreme, np.ones(7, dtype), 1e-6)
+    exact = [1 / (1 + math.exp(-float(v))) if v > -700 else 0.0 for v in extreme]
+    assert y.dtype == dtype and np.allclose(y, exact, rtol=0, atol=4 * np.finfo(dtype).eps + 1e-38)
+    assert p[-1] == 1
+
+
+@given(configs(), seeds, st.integers(0, 200))
+def test_rope_keeps_norms_and_its_scores_depend_on_distance_alone(cfg, seed, shift):
+    q, k = np.random.default_rng(seed).standard_normal((2, 1, 1, cfg.qk_rope_head_dim))
+
+    def rotated(x, position):
+        where = dsv3.place([position], 1, cfg, np.float64)
+        return dsv3.rope(x, where.cos_BTP, where.sin_BTP, cfg.rope_interleave)
+
+    magnitude = dsv3.rope_magnitude(cfg)
+    assert_close(np.linalg.norm(rotated(q, shift)), magnitude * np.linalg.norm(q))
+    score = np.sum(rotated(q, 5 + shift) * rotated(k, 2 + shift))
+    assert_close(score, np.sum(rotated(q, 5) * rotated(k, 2)))
+    assert_close(score, np.sum(rotated(q, 3) * rotated(k, 0)))
+
+
+@given(configs(), seeds)
+def test_rope_layouts_are_one_rotation_of_permuted_weights(cfg, seed):
+    R = cfg.qk_rope_head_dim
+    x = np.random.default_rng(seed).standard_normal((1, 3, R))
+    where = dsv3.place([7], 3, cfg, np.float64)
+    halves = np.concatenate([np.arange(0, R, 2), np.arange(1, R, 2)])
+    neighbours = dsv3.rope(x, where.cos_BTP, where.sin_BTP, True)
+    assert_close(neighbours[..., halves], dsv3.rope(x[..., halves], where.cos_BTP, where.sin_BTP, False))
+    as_complex = (x[..., ::2] + 1j * x[..., 1::2]) * (where.cos_BTP + 1j * where.sin_BTP)
+    assert_close(neighbours[..., ::2], as_complex.real)
+    assert_close(neighbours[..., 1::2], as_complex.imag)
+
+
+@given(configs())
+def test_yarn_of_factor_1_is_rope(cfg):
+    yarn = replace(cfg, rope_scaling=dsv3.Yarn(factor=1.0, mscale=1.0, mscale_all_dim=1.0))
+    plain = replace(cfg, rope_scaling=None)
+    assert_close(dsv3.rope_frequencies(yarn), dsv3.rope_frequencies(plain))
+    assert dsv3.rope_magnitude(yarn) == dsv3.rope_magnitude(plain) == 1
+    assert dsv3.softmax_scale(yarn) == dsv3.softmax_scale(plain) == (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+
+
+def test_yarn_of_the_671b_model_in_numbers():
+    """The published constants: frequencies of the ramp (factor 40, original context 4096), mscale^2 in the scale."""
+    cfg = dsv3.Config()
+    freq, plain = dsv3.rope_frequencies(cfg), dsv3.rope_frequencies(replace(cfg, rope_scaling=None))
+    assert np.array_equal(freq[:11], plain[:11]) and np.allclose(freq[23:], plain[23:] / 40, rtol=1e-15)
+    assert np.allclose(freq[[10, 11, 16, 22]], [0.05623413, 0.03900693, 0.0055, 1.7782794e-4], rtol=1e-6)
+    assert math.isclose(dsv3.softmax_scale(cfg), 0.1352338, rel_tol=1e-6)
+    k2 = replace(cfg, rope_theta=5e4, rope_scaling=replace(cfg.rope_scaling, factor=32.0, beta_fast=1.0))
+    assert math.isclose(dsv3.softmax_scale(k2), 0.1308608, rel_tol=1e-6)
+    ramp = dsv3.rope_frequencies(k2) / dsv3.rope_frequencies(replace(k2, rope_scaling=None))
+    assert np.allclose(ramp[[19, 20]], [1, 1 / 32])
+
+
+def test_yarn_magnitude_follows_the_mscales():
+    def magnitude(**settings):
+        return dsv3.rope_magnitude(replace(SMALL, rope_scaling=dsv3.Yarn(factor=40.0, **settings)))
+
+    m = 0.1 * math.log(40) + 1
+    assert magnitude(mscale=1.0, mscale_all_dim=1.0) == 1
+    assert magnitude(mscale=1.0, mscale_all_dim=0.0) == magnitude(mscale=0.5) == magnitude() == m
+    assert magnitude(mscale=0.5, mscale_all_dim=1.0) == (0.05 * math.log(40) + 1) / m
+    assert magnitude(attention_factor=1.25, mscale=1.0) == 1.25
+
+
+def test_phases_are_exact_at_the_last_position():
+    where = dsv3.place([163839], 1, dsv3.Config(), np.float64)
+    exact = [math.cos(163839 * f) for f in dsv3.rope_frequencies(dsv3.Config())]
+    assert_close(where.cos_BTP[0, 0], exact, 1e-12)
+
+
+# ---- 4. Attention --------------------------------------------------------------------------------------------------
+
+
+def plain_attention(q, k, v, visible, scale):
+    """Eq. (10) for every query and head by itself; k and v have a head for every query head."""
+    B, T, H, _ = q.shape
+    out = np.zeros((B, T, H, v.shape[-1]))
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        seen = np.flatnonzero(visible[b, t])
+        e = np.exp([scale * (q[b, t, h] @ k[b, s, h]) for s in seen])
+        out[b, t, h] = sum(p * v[b, s, h] for p, s in zip(e / e.sum(), seen, strict=True))
+    return out
+
+
+@given(seeds, st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)]), st.integers(1, 4), st.integers(0, 3))
+def test_attention_is_mha_gqa_or_mqa_by_its_key_heads(seed, heads, T, past):
+    (H, J), rng, S = heads, np.random.default_rng(seed), T + past
+    q, k, v = (rng.standard_normal((2, n, h, d)) for n, h, d in ((T, H, 5), (S, J, 5), (S, J, 3)))
+    visible = np.arange(S) <= past + np.arange(T)[:, None] + np.zeros((2, 1, 1), int)
+    repeated = np.repeat(k, H // J, axis=2), np.repeat(v, H // J, axis=2)
+    few = dsv3.attention(q, k, v, visible, 0.7)
+    assert_close(few, dsv3.attention(q, *repeated, visible, 0.7))
+    assert_close(few, plain_attention(q, *repeated, visible, 0.7))
+
+
+def attention_inputs(cfg, seed, T, past, dtype=np.float64):
+    """Weights of layer 0 and what its two forms of attention take, for T queries after `past` tokens."""
+    w, S = make_weights(cfg, seed, dtype), past + T
+    x_BTD = np.random.default_rng(seed + 1).standard_normal((2, S, cfg.hidden_size)).astype(dtype)
+    name, where = "model.layers.0.self_attn", dsv3.place([0, 0], S, cfg, dtype)
+    q_nope, q_rope = dsv3.mla_query(x_BTD, w, name, cfg, where)
+    kv = dsv3.mla_latent(x_BTD, w, name, cfg, where)
+    return q_nope[:, past:], q_rope[:, past:], kv, w, name, cfg, where.visible_BTS[:, past:]
+
+
+@given(configs(), seeds, st.integers(1, 5), st.integers(0, 5))
+def test_absorbed_attention_equals_naive(cfg, seed, T, past):
+    inputs = attention_inputs(cfg, seed, T, past)
+    assert_close(dsv3.mla_absorbed(*inputs), dsv3.mla_naive(*inputs))
+
+
+@given(configs(), seeds, st.integers(1, 5), st.integers(0, 5))
+def test_absorbed_attention_equals_naive_in_float32(cfg, seed, T, past):
+    inputs = attention_inputs(cfg, seed, T, past, np.float32)
+    absorbed = dsv3.mla_absorbed(*inputs)
+    assert absorbed.dtype == np.float32
+    assert_close(absorbed, dsv3.mla_naive(*inputs), 1e-4)
+
+
+@given(configs(), seeds)
+def test_naive_attention_equals_the_equations_head_by_head(cfg, seed):
+    """Eqs. (2)-(5), (10) with the matrices of each head sliced out of the checkpoint's tensors."""
+    q_nope, q_rope, kv, w, name, _, visible = inputs = attention_inputs(cfg, seed, 3, 2)
+    N, V, C = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
+    up, q, k, v = w[f"{name}.kv_b_proj.weight"], [], [], []
+    for h in range(cfg.num_attention_heads):
+        w_uk, w_uv = up[h * (N + V) :][:N], up[h * (N + V) + N :][:V]
+        q.append(np.concatenate([q_nope[:, :, h], q_rope[:, :, h]], -1))
+        k.append(np.concatenate([kv[..., :C] @ w_uk.T, kv[..., C:]], -1))
+        v.append(kv[..., :C] @ w_uv.T)
+    expected = plain_attention(*(np.stack(x, 2) for x in (q, k, v)), visible, dsv3.softmax_scale(cfg))
+    assert_close(dsv3.mla_naive(*inputs), expected)
+
+
+@given(configs(), seeds)
+def test_absorbed_attention_is_multi_query_attention_over_the_cache_rows(cfg, seed):
+    q_nope, q_rope, kv, w, name, _, visible = inputs = attention_inputs(cfg, seed, 3, 2)
+    w_uk, w_uv = dsv3.kv_up(w, name, cfg)
+    q = np.concatenate([np.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], -1)
+    rows = kv[:, :, None]
+    o = dsv3.attention(q, rows, rows[..., : cfg.kv_lora_rank], visible, dsv3.softmax_scale(cfg))
+    assert_close(dsv3.mla_absorbed(*inputs), np.einsum("bthc,hvc->bthv", o, w_uv))
+
+
+def test_the_cheaper_form_is_the_one_with_fewer_multiplications(monkeypatch):
+    """Count them: a decoding step absorbs, a long prompt expands, and between them the sizes of the products decide."""
+
+    class Counted(np.ndarray):
+        def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+            inputs = [np.asarray(x) if isinstance(x, Counted) else x for x in inputs]
+            y = getattr(ufunc, method)(*inputs, **kwargs)
+            if ufunc is np.matmul:
+                counted.append(y.size * inputs[0].shape[-1])
+            return y.view(Counted) if isinstance(y, np.ndarray) else y
+
+    def multiplications(form, *inputs):
+        counted.clear()
+        form(*(x.view(Counted) if isinstance(x, np.ndarray) else x for x in inputs))
+        return sum(counted)
+
+    counted, chosen = [], set()
+    for T, past in [(1, 0), (1, 9), (2, 60), (5, 40), (8, 8), (9, 0), (30, 0), (40, 40)]:
+        q_nope, q_rope, kv, w, name, cfg, visible = attention_inputs(SMALL, 0, T, past)
+        w = {k: v.view(Counted) for k, v in w.items()}
+        costs = [multiplications(f, q_nope, q_rope, kv, w, name, cfg, visible) for f in (dsv3.mla_absorbed, dsv3.mla_naive)]
+        chosen.add(absorbs := dsv3.absorbing_is_cheaper(T, T + past, SMALL))
+        assert absorbs == (costs[0] < costs[1]), (T, past, costs)
+    assert chosen == {True, False}
+
+
+def run_in_chunks(token_BT, sizes, w, cfg, start_B=None):
+    """forward through a cache, in chunks of the given sizes, the last one taking what is left."""
+    cache, start_B, parts, at = dsv3.Cache(len(token_BT)), np.zeros(len(token_BT), int), [], 0
+    for size in [*sizes, token_BT.shape[1]]:
+        if at < token_BT.shape[1]:
+            parts.append(dsv3.forward(token_BT[:, at : at + size], w, cfg, cache, start_B + at))
+            at += size
+    return np.concatenate(parts, axis=1), cache
+
+
+@given(configs(mtp=st.just(0)), seeds, st.lists(st.integers(1, 5), max_size=6))
+def test_any_chunks_through_the_cache_equal_one_pass_without(cfg, seed, sizes):
+    w, token_BT = make_weights(cfg, seed), make_tokens(cfg, seed, 2, 9)
+    chunked, cache = run_in_chunks(token_BT, sizes, w, cfg)
+    assert_close(chunked, dsv3.forward(token_BT, w, cfg))
+    latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    assert all(rows.shape[0] == 2 and rows.shape[2] == latent for rows in cache.layers.values())
+    assert len(cache.layers) == cfg.num_hidden_layers
+
+
+@given(configs(mtp=st.just(0)), seeds)
+def test_any_chunks_equal_one_pass_in_float32(cfg, seed):
+    """In float32 a routing decision may flip where two affinities are closer than its rounding, so on the attention."""
+    cfg = replace(cfg, num_hidden_layers=1, first_k_dense_replace=1)
+    w, token_BT = make_weights(cfg, seed, np.float32), make_tokens(cfg, seed, 2, 9)
+    assert_close(run_in_chunks(token_BT, [4, 1, 2], w, cfg)[0], dsv3.forward(token_BT, w, cfg), 3e-4)
+
+
+@given(configs(), seeds, st.lists(st.integers(1, 7), min_size=2, max_size=4))
+def test_a_padded_batch_equals_its_rows_alone(cfg, seed, lengths):
+    w = make_weights(cfg, seed)
+    prompts = [make_tokens(cfg, seed + b, n).tolist() for b, n in enumerate(lengths)]
+    together = dsv3.trace(prompts, w, cfg)
+    for n, prompt in enumerate(prompts):
+        for name, alone in dsv3.trace([prompt], w, cfg).items():
+            assert_close(together[f"{n}/{name}"], alone)
+
+
+@given(configs(), seeds, st.integers(1, 7))
+def test_the_future_never_changes_the_past(cfg, seed, t):
+    w, token_BT = make_weights(cfg, seed), make_tokens(cfg, seed, 1, 8)
+    changed = token_BT.copy()
+    changed[:, t:] = (changed[:, t:] + 1) % cfg.vocab_size
+    h, g = dsv3.forward(token_BT, w, cfg), dsv3.forward(changed, w, cfg)
+    assert_close(h[:, :t], g[:, :t])
+    for k in range(1, cfg.num_nextn_predict_layers + 1):  # state i of depth k has seen tokens up to i + k
+        h = dsv3.mtp(k, h[:, : 8 - k], token_BT[:, k:], w, cfg)
+        g = dsv3.mtp(k, g[:, : 8 - k], changed[:, k:], w, cfg)
+        assert_close(h[:, : max(0, t - k)], g[:, : max(0, t - k)])
+        if 0 <= t - k < 8 - k:
+            assert np.abs(h[:, t - k] - g[:, t - k]).max() > 1e-12
+
+
+@given(configs(mtp=st.just(0)), seeds)
+def test_positions_matter_only_by_their_differences(cfg, seed):
+    w, token_BT = make_weights(cfg, seed), make_tokens(cfg, seed, 1, 5)
+    x_BTD = w["model.embed_tokens.weight"][token_BT]
+    out = [dsv3.mla(x_BTD, w, 0, cfg, dsv3.place([0], 5, cfg, np.float64), None)]
+    shifted = dsv3.place([40], 5, cfg, np.float64)
+    out.append(dsv3.mla(x_BTD, w, 0, cfg, shifted._replace(visible_BTS=shifted.visible_BTS[..., 40:]), None))
+    assert_close(*out)
+
+
+# ---- 5. DeepSeekMoE ------------------------------------------------------------------------------------------------
+
+
+def plain_route(score, bias, cfg):
+    """Eqs. (13)-(16) with groups, for one token, in plain Python -> {expert: gate}."""
+    size = cfg.n_routed_experts // cfg.n_group
+    groups = [range(g * size, (g + 1) * size) for g in range(cfg.n_group)]
+    best_two = [sum(sorted((score[e] + bias[e] for e in group), reverse=True)[:2]) for group in groups]
+    kept = sorted(range(cfg.n_group), key=lambda g: (-best_two[g], g))[: cfg.topk_group]
+    candidates = sorted(e for g in kept for e in groups[g])
+    chosen = sorted(candidates, key=lambda e: (-(score[e] + bias[e]), e))[: cfg.num_experts_per_tok]
+    total = sum(score[e] for e in chosen) if cfg.norm_topk_prob else 1
+    return {e: score[e] / total * cfg.routed_scaling_factor for e in chosen}
+
+
+def gate_weights(cfg, seed, bias=0.0):
+    rng = np.random.default_rng(seed)
+    w = {"mlp.gate.weight": rng.standard_normal((cfg.n_routed_experts, cfg.hidden_size)),
+         "mlp.gate.e_score_correction_bias": 0.2 * rng.standard_normal(cfg.n_routed_experts) + bias}  # fmt: skip
+    return w, rng.standard_normal((2, 3, cfg.hidden_size))
+
+
+def routed(x, w, cfg):
+    """Dense gates (B, T, E)."""
+    index, gate = dsv3.route(x, w, "mlp", cfg)
+    dense = np.zeros((*x.shape[:2], cfg.n_routed_experts))
+    np.put_along_axis(dense, index, gate, -1)
+    return dense
+
+
+@given(configs(), seeds, st.sampled_from([0.0, 3.0, -5.0]))
+def test_routing_equals_the_equations_token_by_token(cfg, seed, bias):
+    w, x = gate_weights(cfg, seed, bias)
+    score = 1 / (1 + np.exp(-x @ w["mlp.gate.weight"].T))
+    got = routed(x, w, cfg)
+    for b, t in np.ndindex(2, 3):
+        expected = plain_route(score[b, t], w["mlp.gate.e_score_correction_bias"], cfg)
+        assert_close(got[b, t], [expected.get(e, 0) for e in range(cfg.n_routed_experts)])
+
+
+@given(configs(), seeds)
+def test_routing_picks_k_experts_of_few_groups_and_its_gates_sum_to_the_scale(cfg, seed):
+    w, x = gate_weights(cfg, seed)
+    chosen = (dense := routed(x, w, cfg)) > 0
+    assert (chosen.sum(-1) == cfg.num_experts_per_tok).all()
+    assert (chosen.reshape(2, 3, cfg.n_group, -1).any(-1).sum(-1) <= cfg.topk_group).all()
+    if cfg.norm_topk_prob:
+        assert_close(dense.sum(-1), np.full((2, 3), cfg.routed_scaling_factor))
+
+
+@given(configs(), seeds, st.floats(-8, 8))
+def test_one_constant_on_all_biases_changes_nothing(cfg, seed, constant):
+    w, x = gate_weights(cfg, seed)
+    moved = w | {"mlp.gate.e_score_correction_bias": w["mlp.gate.e_score_correction_bias"] + constant}
+    assert_close(routed(x, moved, cfg), routed(x, w, cfg))
+
+
+@given(configs(), seeds)
+def test_the_bias_never_enters_a_gate(cfg, seed):
+    w, x = gate_weights(cfg, seed)
+    (dense, chosen), score = (routed(x, w, cfg),) * 2, 1 / (1 + np.exp(-x @ w["mlp.gate.weight"].T))
+    total = np.where(chosen > 0, score, 0).sum(-1, keepdims=True) if cfg.norm_topk_prob else 1
+    assert_close(dense, np.where(chosen > 0, score / total * cfg.routed_scaling_factor, 0))
+
+
+@given(configs(), seeds)
+def test_permuting_experts_within_groups_or_whole_groups_permutes_the_routing(cfg, seed):
+    w, x = gate_weights(cfg, seed)
+    rng, experts = np.random.default_rng(seed), np.arange(cfg.n_routed_experts).reshape(cfg.n_group, -1)
+    order = rng.permuted(experts, axis=1)[rng.permutation(cfg.n_group)].ravel()
+    permuted = {name: tensor[order] for name, tensor in w.items()}
+    assert_close(routed(x, permuted, cfg), routed(x, w, cfg)[..., order])
+
+
+def test_ties_of_experts_and_groups_go_to_the_lowest_index():
+    cfg = replace(SMALL, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3)
+    w = {"mlp.gate.weight": np.zeros((8, cfg.hidden_size)), "mlp.gate.e_score_correction_bias": np.zeros(8)}
+    index, gate = dsv3.route(np.ones((1, 1, cfg.hidden_size)), w, "mlp", cfg)
+    assert index.tolist() == [[[0, 1, 2]]]
+    assert_close(gate, np.full((1, 1, 3), 2.5 / 3))
+
+
+def test_gates_of_tiny_affinities_are_still_normalised():
+    """Affinities of e^-40 each: the guard against division by zero must not show."""
+    cfg = replace(SMALL, n_group=1, topk_group=1, num_experts_per_tok=2)
+    w = {"mlp.gate.weight": np.full((12, 22), -40 / 22), "mlp.gate.e_score_correction_bias": np.zeros(12)}
+    _, gate = dsv3.route(np.ones((1, 1, 22)), w, "mlp", cfg)
+    assert_close(gate, np.full((1, 1, 2), 1.25), 1e-2)
+
+
+def test_routing_is_wide_even_in_half_precision():
+    w, x = gate_weights(SMALL, 0)
+    half = {name: tensor.astype(np.float16) for name, tensor in w.items()}
+    _, gate = dsv3.route(x.astype(np.float16), half, "mlp", SMALL)
+    assert gate.dtype == np.float32
+
+
+@given(configs(), seeds)
+def test_sparse_experts_equal_the_sum_over_all(cfg, seed):
+    w, name = make_weights(cfg, seed), f"model.layers.{cfg.first_k_dense_replace}.mlp"
+    x = np.random.default_rng(seed).standard_normal((2, 4, cfg.hidden_size))
+    sparse, dense = (dsv3.moe(x, w, name, cfg, dense) for dense in (False, True))
+    assert_close(sparse, dense)
+
+    def mlp(x, name):  # eq. (12), expert by expert
+        gate = w[f"{name}.gate_proj.weight"] @ x
+        return w[f"{name}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * (w[f"{name}.up_proj.weight"] @ x))
+
+    index, gate = dsv3.route(x, w, name, cfg)
+    for b, t in np.ndindex(2, 4):
+        y = sum(g * mlp(x[b, t], f"{name}.experts.{e}") for e, g in zip(index[b, t], gate[b, t], strict=True))
+        y = y + mlp(x[b, t], f"{name}.shared_experts") if cfg.n_shared_experts else y
+        assert_close(sparse[b, t], y)
+
+
+def test_sparse_experts_read_only_the_chosen_ones():
+    class Reads(dict):
+        def __getitem__(self, name):
+            read.add(name)
+            return super().__getitem__(name)
+
+    read, w = set(), Reads(make_weights(SMALL))
+    x = np.random.default_rng(0).standard_normal((1, 1, 22))
+    chosen = set(dsv3.route(x, w, "model.layers.1.mlp", SMALL)[0].ravel().tolist())
+    dsv3.moe(x, w, "model.layers.1.mlp", SMALL, dense=False)
+    assert {int(name.split(".")[5]) for name in read if ".experts." in name} == chosen and len(chosen) == 6
+
+
+@given(seeds)
+def test_the_bias_update_evens_skewed_loads(seed):
+    """Routing fixed tokens again and again, the update alone brings the worst overload down."""
+    cfg = replace(SMALL, hidden_size=8, num_experts_per_tok=2)
+    w, _ = gate_weights(cfg, seed)
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((4, 64, 8)) + 2  # alike, so that some experts suit them all
+    bias, violations = np.zeros(12), []
+    for _ in range(200):
+        index, _ = dsv3.route(x, w | {"mlp.gate.e_score_correction_bias": bias}, "mlp", cfg)
+        load = dsv3.expert_load(index, cfg)
+        assert load.sum() == 4 * 64 * 2 and np.array_equal(load, np.bincount(index.ravel(), minlength=12))
+        violations.append(dsv3.max_violation(load))
+        bias = dsv3.update_bias(bias, load, 0.01)
+    assert violations[0] > 0.5 and np.mean(violations[-20:]) < 0.5 * violations[0]
+
+
+def test_the_bias_update_as_printed():
+    bias = np.array([0.5, -0.25, 0.0, 1.0])
+    assert dsv3.update_bias(bias, np.array([9, 1, 5, 5]), 0.001).tolist() == [0.499, -0.249, 0.0, 1.0]
+    assert dsv3.max_violation(np.array([9, 1, 5, 5])) == pytest.approx(0.8)
+
+
+@given(configs(), seeds)
+def test_the_balance_loss_as_printed(cfg, seed):
+    """Eqs. (17)-(20), sequence by sequence; perfectly even affinities give exactly 1 (times alpha)."""
+    score, K, E = np.random.default_rng(seed).random((3, 5, cfg.n_routed_experts)), cfg.num_experts_per_tok, 0
+    E, loss = cfg.n_routed_experts, 0.0
+    for sequence in score:
+        f, p = np.zeros(E), np.zeros(E)
+        for s in sequence:
+            for e in sorted(range(E), key=lambda e: (-s[e], e))[:K]:
+                f[e] += E / (K * len(sequence))
+            p += s / s.sum() / len(sequence)
+        loss += f @ p / 3
+    assert_close(dsv3.balance_loss(score, cfg), loss)
+    assert_close(dsv3.balance_loss(np.ones_like(score), cfg), 1.0)
+
+
+# ---- 6, 7. The model, multi-token prediction, the objective ----------------------------------------------------------
+
+
+def formula(name, shape):
+    """The weights of the shipped parity data; weights/vectors/make_parity.py has the same lines."""
+    n = math.prod(shape)
+    h = (zlib.crc32(name.encode()) + np.arange(n, dtype=np.uint64) * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
+    return (h / 2**31 - 1).reshape(shape)
+
+
+@given(configs(), seeds)
+def test_forward_with_a_cache_equals_the_definition_in_every_named_array(cfg, seed):
+    w, tokens = make_weights(cfg, seed), make_tokens(cfg, seed, 6)
+    computed = dsv3.trace([tokens.tolist()], w, cfg)
+    with dsv3.recording() as defined:
+        h = dsv3.forward(tokens[None], w, cfg)
+        for k in range(1, cfg.num_nextn_predict_layers + 1):
+            h = dsv3.mtp(k, h[:, : 6 - k], tokens[None, k:], w, cfg)
+    for name, x in defined.items():
+        assert_close(computed[name], x[0])
+
+
+def test_the_trace_names_every_module_in_the_order_of_computation():
+    cfg = replace(SMALL, num_hidden_layers=2, num_nextn_predict_layers=1)
+    named = dsv3.trace([make_tokens(cfg, 0, 5).tolist()], make_weights(cfg), cfg)
+    attention = ["input_layernorm", "self_attn.q_rope", "self_attn.kv_latent", "self_attn.k_rope", "self_attn"]
+    gate = ["mlp.gate.scores", "mlp.gate.indices", "mlp.gate.weights"]
+    blocks = [[f"model.layers.{i}.{part}" for part in [*attention, "post_attention_layernorm", *(gate if i else []), "mlp"]]
+              + [f"model.layers.{i}"] for i in range(3)]  # fmt: skip
+    assert list(named) == ["model.embed_tokens", *blocks[0], *blocks[1], "model.norm", "lm_head",
+                           "model.layers.2.eh_proj", *blocks[2], "model.layers.2.shared_head"]  # fmt: skip
+    shapes = {"model.embed_tokens": (5, 22), "model.layers.0.self_attn.q_rope": (5, 3, 4), "lm_head": (5, 31),
+              "model.layers.0.self_attn.k_rope": (5, 4), "model.layers.0.self_attn.kv_latent": (5, 11),
+              "model.layers.1.mlp.gate.indices": (5, 6), "model.layers.2.shared_head": (4, 31)}  # fmt: skip
+    assert {name: named[name].shape for name in shapes} == shapes
+    ragged = dsv3.trace([[1], [1, 2, 3]], make_weights(cfg), cfg)
+    assert ragged["0/lm_head"].shape == (1, 31) and ragged["0/model.layers.2.shared_head"].shape == (0, 31)
+    assert ragged["1/model.layers.2.shared_head"].shape == (2, 31)
+
+
+@given(configs(mtp=st.integers(0, 3)), seeds)
+def test_the_training_objective_as_printed(cfg, seed):
+    """Eqs. (24), (25) term by term: T - k cross-entropies divided by T, lambda / D; and the loads behind it."""
+    w, tokens, T = make_weights(cfg, seed), make_tokens(cfg, seed, 2, 8), 7
+    total, parts = dsv3.training_objective(w, tokens, cfg, 0.3, 0.01)
+
+    def log_p(logits, target):
+        return logits[target] - logits.max() - math.log(np.exp(logits - logits.max()).sum())
+
+    def head(h):
+        return h @ w["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"].T
+
+    h = dsv3.forward(tokens[:, :T], w, cfg)
+    logits = head(h)
+    assert_close(parts["main"], -np.mean([log_p(logits[b, i], tokens[b, i + 1]) for b in range(2) for i in range(T)]))
+    for k in range(1, cfg.num_nextn_predict_layers + 1):
+        h = dsv3.mtp(k, h[:, : T - k], tokens[:, k:T], w, cfg)
+        logits = head(h)  # state i predicts token i + k + 1
+        terms = [[log_p(logits[b, i], tokens[b, i + k + 1]) for i in range(T - k)] for b in range(2)]
+        assert_close(parts["mtp"][k - 1], -np.mean([sum(row) / T for row in terms]))
+    mtp = sum(parts["mtp"]) / max(1, cfg.num_nextn_predict_layers)
+    assert_close(total, parts["main"] + 0.3 * mtp + 0.01 * parts["balance"])
+    D, dense = cfg.num_nextn_predict_layers, cfg.first_k_dense_replace
+    assert len(parts["load"]) == cfg.num_hidden_layers + D - dense
+    for name, load in parts["load"].items():
+        k = max(0, int(name.split(".")[2]) - cfg.num_hidden_layers + 1)
+        assert load.sum() == 2 * (T - k) * cfg.num_experts_per_tok
+
+
+def test_absent_mtp_modules_are_none():
+    w = make_weights(SMALL)
+    assert dsv3.mtp_depth(w, SMALL) == 2
+    assert dsv3.mtp_depth({k: v for k, v in w.items() if "layers.4" not in k}, SMALL) == 1
+    assert dsv3.mtp_depth(make_weights(replace(SMALL, num_nextn_predict_layers=0)), SMALL) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_dtype_of_the_weights_is_the_dtype_of_the_computation(dtype):
+    w = make_weights(SMALL, dtype=dtype)
+    named = dsv3.trace([[1, 2, 3]], w, SMALL)
+    wide = {np.float16: np.float32}.get(dtype, dtype)
+    for name, x in named.items():
+        if x.dtype.kind == "f":
+            assert x.dtype == (wide if ".gate." in name else dtype), name
+
+
+CALL = "BTSJXYZMU"  # letters that a call sizes; each has one size within a function
+
+
+def shapes_that_lie(run, cfg):
+    """Run, look at every function of the module as it returns, and list what does not fit its suffix. -> (lies, seen)"""
+    fixed = {"D": cfg.hidden_size, "H": cfg.num_attention_heads, "N": cfg.qk_nope_head_dim, "R": cfg.qk_rope_head_dim,
+             "P": cfg.qk_rope_head_dim // 2, "V": cfg.v_head_dim, "C": cfg.kv_lora_rank, "Q": cfg.q_lora_rank,
+             "L": cfg.kv_lora_rank + cfg.qk_rope_head_dim, "E": cfg.n_routed_experts, "K": cfg.num_experts_per_tok,
+             "G": cfg.n_group, "W": cfg.vocab_size}  # fmt: skip
+    lies, seen = [], set()
+
+    def look(frame, event, _):
+        if event != "return" or frame.f_code.co_filename != dsv3.__file__:
+            return
+        sizes = dict(fixed)
+        for name, x in list(frame.f_locals.items()):
+            suffix = re.fullmatch(r"\w+_([A-Z]+)", name)
+            if not suffix or not hasattr(x, "shape") or name.isupper():
+                continue
+            letters = suffix[1]
+            seen.add(letters)
+            if len(letters) != len(x.shape) or any(
+                letter not in fixed and letter not in CALL or sizes.setdefault(letter, n) != n
+                for letter, n in zip(letters, x.shape, strict=False)
+            ):
+                lies.append(f"{frame.f_code.co_name}: {name} has shape {x.shape}, {sizes}")
+
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return lies, seen
+
+
+def test_no_name_lies_about_its_shape():
+    cfg = SMALL
+    w = make_weights(cfg)
+
+    def run():
+        dsv3.trace([[1, 2, 3, 4, 5], [6, 7]], w, cfg)
+        prompts = [make_tokens(cfg, 1, 40).tolist(), [3, 4]]
+        list(dsv3.generate(prompts, w, cfg, 5, dsv3.Sampling(1.0, top_k=7, top_p=0.9)))
+        dsv3.training_objective(w, make_tokens(cfg, 2, 2, 9), cfg)
+
+    lies, seen = shapes_that_lie(run, cfg)
+    assert not lies, "\n".join(lies[:5])
+    assert len(seen) > 40 and set("".join(seen)) == set("DHNRPVCQLEKGW" + CALL)
+
+
+def test_the_shape_check_sees_a_lie(monkeypatch):
+    monkeypatch.setattr(dsv3, "top_k", lambda score, k, honest=dsv3.top_k: honest(score, k + 1))
+    lies, _ = shapes_that_lie(lambda: dsv3.trace([[1, 2, 3]], make_weights(SMALL), SMALL), SMALL)
+    assert lies
+
+
+def test_the_definitions_run_under_jax_in_jit_and_grad(monkeypatch):
+    """The objective and its gradient under jax.numpy, against NumPy and its finite differences, all in float64."""
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    cfg, tokens = SMALL, make_tokens(SMALL, 3, 2, 7)
+    w = make_weights(cfg, 5)
+    rng = np.random.default_rng(0)
+    step = {name: 1e-6 * rng.standard_normal(x.shape) * (not name.endswith("correction_bias")) for name, x in w.items()}
+    value = float(dsv3.training_objective(w, tokens, cfg)[0])
+    ahead, behind = (
+        float(dsv3.training_objective({k: w[k] + sign * step[k] for k in w}, tokens, cfg)[0]) for sign in (1, -1)
+    )
+    monkeypatch.setattr(dsv3, "xp", jax.numpy)
+    objective = jax.jit(jax.value_and_grad(lambda w: dsv3.training_objective(w, tokens, cfg)[0]))
+    jax_value, grad = objective(w)
+    assert_close(float(jax_value), value)
+    slope = sum(float((grad[name] * step[name]).sum()) for name in w)
+    assert slope == pytest.approx((ahead - behind) / 2, rel=1e-4)
+    assert all(not np.any(g) for name, g in grad.items() if name.endswith("e_score_correction_bias"))
+    assert all(np.any(g) for name, g in grad.items() if not name.endswith("e_score_correction_bias") and ".experts." not in name)
