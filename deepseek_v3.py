@@ -3,11 +3,11 @@
 Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
 skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py proves the two equal in float64.
 
-    component    definition                         computation                            equal because
-    attention    mla_naive: keys of every head      mla_absorbed: one shared latent key    (W_UK c) . q = c . (W_UK^T q)
-    context      forward, whole sequence            forward with a Cache, in any chunks    the past never sees the future
-    experts      moe_dense: sum over all experts    moe_sparse: chosen experts only        the other gates are 0
-    generation   one token a pass                   MTP drafts, the main model verifies    the rejection rule
+    component    definition                        computation                           equal because
+    attention    mla_naive: keys of every head     mla_absorbed: one shared latent key   (W_UK c) . q = c . (W_UK^T q)
+    context      forward, whole sequence           forward with a Cache, in any chunks   the past never sees the future
+    experts      moe_dense: sum over all experts   moe_sparse: chosen experts only       the other gates are 0
+    generation   one token a pass                  MTP drafts, the main model verifies   the rejection rule
 
 `forward` without a cache is the definition throughout; with a cache it is the computation throughout. The definitions
 write nothing in place and have no shape that depends on data, so they also run under jax.numpy, in `jit` and `grad`:
@@ -30,6 +30,7 @@ Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, 
 import argparse
 import contextlib
 import contextvars
+import itertools
 import json
 import math
 import os
@@ -37,9 +38,9 @@ import sys
 import time
 import zipfile
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
@@ -154,18 +155,18 @@ class Config:
     num_nextn_predict_layers: int = 1  # D, the MTP modules
 
     def __post_init__(self):
-        _check_numbers(self, zero_allowed=("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"))
+        _check_numbers(self, may_be_zero=("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"))
         if self.rope_scaling:
-            _check_numbers(self.rope_scaling, zero_allowed=("mscale", "mscale_all_dim"))
+            _check_numbers(self.rope_scaling, may_be_zero=("mscale", "mscale_all_dim"))
         _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-        if self.first_k_dense_replace < self.num_hidden_layers + self.num_nextn_predict_layers:
-            E, G = self.n_routed_experts, self.n_group
+        if self.first_k_dense_replace < self.num_hidden_layers:
+            E, G, kept = self.n_routed_experts, self.n_group, self.topk_group
             _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
-            _require(G == 1 or E // G >= 2, f"n_group {G} leaves {E // G} expert in a group: its score needs the best two")
-            _require(self.topk_group <= G, f"topk_group {self.topk_group} must be at most n_group {G}")
-            choice = self.topk_group * (E // G)
-            _require(self.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, "
-                     "the experts of topk_group groups")  # fmt: skip
+            _require(G == 1 or E // G >= 2, f"n_group {G} leaves one expert a group, whose score needs its best two")
+            _require(kept <= G, f"topk_group {kept} must be at most n_group {G}")
+            choice = kept * E // G
+            _require(self.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, the number of "
+                     "experts in topk_group groups")  # fmt: skip
 
     @classmethod
     def from_dict(cls, keys):
@@ -228,20 +229,19 @@ def _yarn_from_dict(rope, keys):
     return Yarn(**known)
 
 
-def _check_numbers(settings, zero_allowed):
+def _check_numbers(settings, may_be_zero):
     """Every field has its annotated type (a bool is no number) and is positive, or zero where that means something."""
     for f in fields(settings):
-        value, kind, name = getattr(settings, f.name), f.type, f.name
-        if value is None and f.default is not MISSING and ("None" in str(kind) or kind is None):
+        value, name, kind = getattr(settings, f.name), f.name, (get_args(f.type) or (f.type,))[0]
+        if value is None and type(None) in get_args(f.type):
             continue
         if kind is bool:
             _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
-        elif kind in (int, float, int | None, float | None):
-            whole = kind in (int, int | None)
-            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            least = "zero or more" if name in zero_allowed else "positive"
-            fits = number and math.isfinite(value) and (value > 0 or (value == 0 and name in zero_allowed))
-            _require(fits and value < 2**40, f"{name} must be a {least} {'integer' if whole else 'number'}, not {value!r}")
+        elif kind in (int, float):
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            least, what = "0 or more" if name in may_be_zero else "above 0", "integer" if kind is int else "number"
+            fits = number and (0 < value < 2**40 or (value == 0 and name in may_be_zero))
+            _require(fits, f"{name} must be {'an' if kind is int else 'a'} {what} {least}, not {value!r}")
 
 
 def read_config(path):
@@ -469,10 +469,10 @@ def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
 def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """Computation: the same, and no key is ever expanded.
 
-    q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once a token instead of once a cached token. All heads
-    then share the keys [c ; k_R], which is the cache's row as it lies, and the values c: multi-query attention with
-    heads of size L, whose result W_UV expands at the end. RoPE could not have moved: its rotation stands between W_UK
-    and the query and belongs to the key's position. That is why k_R is decoupled, eq. (3).
+    q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once a token instead of once a cached token. All
+    heads then share the keys [c ; k_R], which is the cache's row as it lies, and the values c: multi-query attention
+    with heads of size L, whose result W_UV expands at the end. RoPE could not have moved: its rotation would stand
+    between W_UK and the query, and it belongs to the key's position. That is why k_R is decoupled, eq. (3).
     """
     w_uk_HNC, w_uv_HVC = kv_up(w, name, cfg)
     q_latent_BTHC = _per_head(q_nope_BTHN, w_uk_HNC)
@@ -860,7 +860,8 @@ class Checkpoint(Mapping):
                 _require(scale.shape == grid and scale_dtype == "F32",
                          f"{directory}: {name}_scale_inv must be F32 of shape {list(grid)}")  # fmt: skip
         used = {*self._shapes, *(f"{name}_scale_inv" for name in self._shapes)}
-        self.unused = sorted(name for name in stored if name not in used)
+        shared = ("embed_tokens.weight", "shared_head.head.weight", "rotary_emb.inv_freq")  # stored again, or derived
+        self.unused = sorted(name for name in stored if name not in used and not name.endswith(shared))
 
     def __getitem__(self, name):
         if name not in self._decoded:
@@ -1040,17 +1041,18 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
     check_prompts(prompts, cfg, max_tokens)
     cache = cache or Cache(B, max(map(len, prompts)) + max_tokens + 1)  # the last draft may stand one past the end
     speculate = speculate and mtp_depth(w, cfg) > 0
-    for held, prompt in zip(cache.tokens, prompts, strict=True):
-        del held[max(0, len(os.path.commonprefix([held, list(prompt)])) - 1) :]  # one less: its MTP pair has t_i+1 in it
-    rows = [Row(list(prompt[len(held) :]), max_tokens, np.random.default_rng([sampling.seed, b]))
-            for b, (held, prompt) in enumerate(zip(cache.tokens, prompts, strict=True))]  # fmt: skip
+    rows = []
+    for b, (held, prompt) in enumerate(zip(cache.tokens, map(list, prompts), strict=True)):
+        common = len(os.path.commonprefix([held, prompt]))
+        del held[max(0, common - 1) :]  # one less: the MTP module's last pair has the token after it
+        rows.append(Row(prompt[len(held) :], max_tokens, np.random.default_rng([sampling.seed, b])))
     stats.prompt_tokens, stats.rows, stats.times = sum(len(row.feed) for row in rows), B, [time.perf_counter()]
     while True:
         start_B = np.array([len(held) for held in cache.tokens])
-        token_BT = pad([row.feed + [row.draft] * (row.draft is not None) for row in rows])
-        h_BTD = in_chunks(lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT.shape[1])
-        guesses = any(row.draft is not None for row in rows)
-        logits = logits_from([len(row.feed) - 1 for row in rows], 1 + guesses, h_BTD, w, cfg)
+        token_BT = pad([row.feed if row.draft is None else [*row.feed, row.draft] for row in rows])
+        h_BTD = in_chunks(lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT)
+        choices = 2 if any(row.draft is not None for row in rows) else 1
+        logits = logits_from([len(row.feed) - 1 for row in rows], choices, h_BTD, w, cfg)
         new = [row.choose(logits[b], sampling) if row.left else [] for b, row in enumerate(rows)]
         stats.times.append(time.perf_counter())
         stats.cache_bytes = cache.nbytes
@@ -1077,7 +1079,7 @@ def draft(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
     pairs = [(row.feed + tokens)[1:] for row, tokens in zip(rows, new, strict=True)]
     token_BT = pad(pairs)
     h_BTD = in_chunks(
-        lambda part: mtp(1, h_BXD[:, part], token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT.shape[1]
+        lambda part: mtp(1, h_BXD[:, part], token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT
     )
     logits = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
     for b, row in enumerate(rows):
@@ -1085,8 +1087,9 @@ def draft(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
         row.draft = draw(row.q_W, row.rng) if row.left else None
 
 
-def in_chunks(step, T):
-    """step(slice) -> (B, t, D) over CHUNK positions at a time, joined to (B, T, D)."""
+def in_chunks(step, token_BT):
+    """step(slice) -> (B, t, D) over CHUNK positions of token_BT at a time, joined to (B, T, D)."""
+    T = token_BT.shape[1]
     return xp.concatenate([step(slice(t, min(t + CHUNK, T))) for t in range(0, T, CHUNK)], axis=1)
 
 
@@ -1144,7 +1147,7 @@ def compare(ours, theirs):
         if not error <= tolerance * rms:
             return False, f"departs at {name}: by up to {error:.3g}, where its rms is {rms:.3g}"
         worst = max(worst, error / rms if rms else 0.0)
-    return True, f"agree: {len(common)} of {len(ours)} arrays compared, largest difference {worst:.1e} of an array's rms"
+    return True, f"agree: {len(common)} of {len(ours)} arrays, the largest difference {worst:.1e} of an array's rms"
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------------------------
@@ -1152,7 +1155,7 @@ def compare(ours, theirs):
 
 
 def choose_device(wanted):
-    """(namespace, reason) for auto, cpu or gpu. auto takes the GPU if it works; gpu raises InputError if it does not."""
+    """(namespace, reason) for auto, cpu or gpu: auto takes the GPU if it works, gpu raises InputError otherwise."""
 
     def no(why, remedy):
         _require(wanted != "gpu", f"--device gpu: {why}; {remedy}")
@@ -1160,31 +1163,32 @@ def choose_device(wanted):
 
     if wanted == "cpu":
         return np, "cpu: asked for"
+    wheel = 'pip install "cupy-cuda13x[ctk]", or cupy-cuda12x by the driver'
     try:
         import cupy
     except ModuleNotFoundError as e:
-        if e.name == "cupy":
-            return no("CuPy is not installed", 'pip install "cupy-cuda13x[ctk]" (or cupy-cuda12x, by the driver)')
-        return no(f"CuPy lacks {e.name}", "reinstall it")
+        return no("CuPy is not installed" if e.name == "cupy" else f"CuPy lacks {e.name}", wheel)
     except ImportError as e:
-        return no(f"CuPy does not import ({str(e).strip().splitlines()[0]})", "install the one wheel that fits the driver")
+        return no(f"CuPy does not import ({_first_line(e)})", "install the one wheel that fits the driver")
     runtime = cupy.cuda.runtime
     try:
-        driver, count = runtime.driverGetVersion(), runtime.getDeviceCount()
+        count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as e:
         if e.status == 35:  # cudaErrorInsufficientDriver, which is also what a missing driver gives
-            return no("the NVIDIA driver is missing or older than this CuPy's CUDA", "install or update it: see nvidia-smi")
-        if e.status != 100:  # cudaErrorNoDevice
-            return no(f"CUDA answers: {e}", "see nvidia-smi")
-        driver, count = 0, 0
+            return no("the NVIDIA driver is missing or older than CuPy's CUDA", "install or update it, see nvidia-smi")
+        return no(f"CUDA answers {_first_line(e)}", "see nvidia-smi")
     if not count:
         return no("the driver sees no GPU", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
     try:  # CUDA's libraries are loaded late: a kernel needs NVRTC, a product cuBLAS
         one = cupy.ones((2, 2), np.float32)
         float((one @ one).sum())
     except (ImportError, OSError, RuntimeError) as e:
-        return no(f"CUDA's libraries do not load ({str(e).strip().splitlines()[0]})", 'pip install "cupy-cuda13x[ctk]"')
-    return cupy, f"gpu: {runtime.getDeviceProperties(0)['name'].decode()}, driver for CUDA {driver // 1000}"
+        return no(f"CUDA's libraries do not load ({_first_line(e)})", wheel)
+    return cupy, f"gpu: {runtime.getDeviceProperties(0)['name'].decode()}"
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def inspect(cfg, checkpoint=None):
@@ -1245,20 +1249,21 @@ class Text:
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=special).ids
         except (TypeError, UnicodeEncodeError):
-            raise InputError("the prompt is not valid Unicode: it has a lone surrogate or bytes that are not UTF-8") from None
+            raise InputError("the prompt is not valid Unicode: it holds a lone surrogate, or was not UTF-8") from None
         bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
-        return [bos, *ids] if special and self.settings.get("add_bos_token") and bos is not None and ids[:1] != [bos] else ids
+        lacks_bos = special and self.settings.get("add_bos_token") and bos is not None and ids[:1] != [bos]
+        return [bos, *ids] if lacks_bos else ids
 
     def render(self, messages):
-        """The conversation in the checkpoint's own chat template. A template is untrusted: it runs in Jinja's sandbox."""
-        _require(isinstance(self.chat_template, str), "this checkpoint has no chat template: it continues text, use --prompt")
+        """A conversation in the checkpoint's chat template; that is untrusted input, so it runs in Jinja's sandbox."""
+        _require(isinstance(self.chat_template, str), "this checkpoint has no chat template; --prompt continues text")
         try:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise InputError("--chat needs the jinja2 package: pip install jinja2") from None
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
             template = environment.from_string(self.chat_template)
             return template.render(messages=messages, add_generation_prompt=True, **self.special)
         except TemplateError as e:
@@ -1305,29 +1310,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 in one file of NumPy and CuPy. Without arguments it "
-                    "tells a story.")  # fmt: skip
+    parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy; without arguments, a story.")
     add = parser.add_argument
-    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - reads it from stdin; repeat for a batch")
-    add("--tokens", action="append", default=[], metavar="IDS", help='token ids instead, "3 14 15"; prints ids; repeat for a batch')
+    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - is stdin; repeatable")
+    add("--tokens", action="append", default=[], metavar="IDS", help='token ids instead: "3 14 15"; repeatable')
     add("--weights", type=Path, default=Path(__file__).resolve().parent / "weights", metavar="DIR",
-        help="checkpoint in the Hugging Face layout (default: weights/ beside this file)")
-    add("-n", "--max-tokens", "--max-new-tokens", type=int, default=200, metavar="N", help="new tokens at most (200); 0: only the forward pass")
-    add("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that together reach P")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all")
-    add("--seed", type=int, default=0, metavar="S", help="same seed, same text")
-    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="NumPy or CuPy; auto (default): the GPU if there is one")
+        help="checkpoint in the Hugging Face layout (default: weights/ beside this file)")  # fmt: skip
+    add("-n", "--max-tokens", "--max-new-tokens", type=int, default=200, metavar="N",
+        help="how many new tokens at most (default 200); 0: only the forward pass")  # fmt: skip
+    add("--temperature", "--temp", type=float, default=0.0, metavar="T", help="default 0: always the likeliest token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that together reach P")
+    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; default 0: all")
+    add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text")
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): the GPU if there is one")
     add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
     add("--no-mtp", action="store_true", help="decode without speculation")
-    add("--chat", action="store_true", help="converse in the checkpoint's chat template, a line of stdin a turn")
+    add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
-    add("--compare", metavar="FILE.npz", help="report the first of them where a port's trace departs; exit code 1 if it does")
-    add("--inspect", action="store_true", help="parameters and cache of the checkpoint, or of a bare config.json")  # fmt: skip
+    add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs (exit code 1)")
+    add("--inspect", action="store_true", help="count parameters and cache, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
     _require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
     _require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
-    _require(not (args.chat and (args.tokens or args.trace or args.compare)), "--chat takes no --tokens, --trace or --compare")
+    _require(not (args.chat and (args.tokens or args.trace or args.compare)), "--chat takes --prompt and stdin only")
     return args
 
 
@@ -1343,7 +1348,7 @@ def read_prompt(text):
 
 def read_ids(text):
     try:
-        return [int(t) for t in text.replace(",", " ").split()]
+        return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
         raise InputError(f"--tokens takes integers separated by spaces, not {text!r}") from None
 
@@ -1352,42 +1357,75 @@ def say(text, end="\n"):
     print(text, end=end, file=sys.stderr, flush=True)
 
 
+@dataclass
+class Session:
+    """One run of the command line: what answers every prompt alike."""
+
+    w: Mapping
+    cfg: Config
+    text: Text | None
+    stop: set
+    sampling: Sampling
+    max_tokens: int
+    speculate: bool
+
+    def make(self, prompts, cache=None):
+        """Generate, printing the first sequence as it grows and the others after it, then the line of statistics, even
+        when interrupted. -> the tokens of each."""
+        stats, made, show = Stats(), [[] for _ in prompts], self.printer(len(prompts))
+        try:
+            for b, token in generate(prompts, self.w, self.cfg, self.max_tokens, self.sampling, self.stop,
+                                     self.speculate, cache, stats):  # fmt: skip
+                made[b].append(token)
+                if b == 0:
+                    print(show(0, token, len(made[0]) == 1), end="", flush=True)
+        finally:
+            print(flush=True)
+            for b in range(1, len(prompts)):
+                print("".join(show(b, token, i == 0) for i, token in enumerate(made[b])), flush=True)
+            say(stats.line())
+        return made
+
+    def printer(self, rows):
+        """show(row, token, first) -> the text that a token completes, never half a character; or the id by itself."""
+        if self.text is None:
+            return lambda b, token, first: f"{'' if first else ' '}{token}"
+        streams = [self.text.new_stream() for _ in range(rows)]
+        return lambda b, token, first: "" if token in self.stop else streams[b].step(self.text.tokenizer, token) or ""
+
+    def converse(self, turns):
+        """Each of the given turns, then each line of stdin, is answered; the cache goes from turn to turn."""
+        messages, cache = [], Cache(1)
+        self.text.render([{"role": "user", "content": ""}])  # refuses a checkpoint that cannot chat, first of all
+        for turn in itertools.chain(turns, iter(lambda: say("> ", end="") or sys.stdin.readline(), "")):
+            messages.append({"role": "user", "content": turn.strip()})
+            made = self.make([self.text.encode(self.text.render(messages), special=False)], cache)
+            answer = self.text.tokenizer.decode([token for token in made[0] if token not in self.stop])
+            messages.append({"role": "assistant", "content": answer})
+
+
 def run(args):
     """Do what the arguments ask for; returns the exit code."""
     global xp
     if args.inspect:
-        files = args.weights.is_dir() and any(args.weights.glob("model.safetensors*"))
         cfg = read_config(args.weights)
-        print(inspect(cfg, Checkpoint(args.weights, cfg) if files else None))
+        there = args.weights.is_dir() and any(args.weights.glob("model.safetensors*"))
+        print(inspect(cfg, Checkpoint(args.weights, cfg) if there else None))
         return 0
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    _require(args.weights.is_dir(), f"{args.weights}: no such directory; --weights takes one with config.json and weights")
+    _require(args.weights.is_dir(), f"{args.weights}: no such directory; it must hold config.json and the weights")
     xp, _ = choose_device(args.device)
     cfg = read_config(args.weights)
     text = None if args.tokens else Text(args.weights)
     w = Checkpoint(args.weights, cfg, args.dtype)
     if w.unused:
-        say(f"note: {len(w.unused)} tensors have no place in the model and are not read: {w.unused[0]} ...")
-    stop, speculate = end_tokens(args.weights), not args.no_mtp
-
-    def make(prompts, show, cache=None):
-        """Generate, show what is made, and close with the line of statistics, also when interrupted."""
-        stats, made = Stats(), [[] for _ in prompts]
-        try:
-            for b, token in generate(prompts, w, cfg, args.max_tokens, sampling, stop, speculate, cache, stats):
-                made[b].append(token)
-                if b == 0:
-                    print(show(0, token), end="", flush=True)
-        finally:
-            print(flush=True)
-            for b in range(1, len(prompts)):
-                print("".join(show(b, token) for token in made[b]), flush=True)
-            say(stats.line())
-        return made
-
+        say(f"note: {len(w.unused)} tensors have no place in the model and stay unread: {w.unused[0]} ...")
+    session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, not args.no_mtp)
     if args.chat:
-        return converse(args, text, make, stop)
-    prompts = [read_ids(t) for t in args.tokens] or [text.encode(read_prompt(t)) for t in args.prompt or ["Once upon a time"]]
+        session.converse(args.prompt)
+        return 0
+    texts = args.prompt or ["Once upon a time"]
+    prompts = [read_ids(ids) for ids in args.tokens] or [text.encode(read_prompt(t)) for t in texts]
     check_prompts(prompts, cfg, args.max_tokens)
     agree = True
     if args.trace or args.compare:
@@ -1398,33 +1436,8 @@ def run(args):
         if args.compare:
             agree, verdict = compare(ours, theirs)
             say(f"{args.compare}: {verdict}")
-    make(prompts, shower(text, len(prompts)))
+    session.make(prompts)
     return 0 if agree else 1
-
-
-def shower(text, rows):
-    """show(row, token) -> what to print for it: the text that it completes, never half a character; or the bare id."""
-    if text is None:
-        begun = set()
-        return lambda b, token: f"{token}" if not (b in begun or begun.add(b)) else f" {token}"
-    streams = [text.new_stream() for _ in range(rows)]
-    return lambda b, token: streams[b].step(text.tokenizer, token) or ""
-
-
-def converse(args, text, make, stop):
-    """A conversation: each line of stdin is a turn, after those given with --prompt; the cache goes from turn to turn."""
-    messages, cache = [], Cache(1)
-    text.render([])  # refuses a checkpoint without a template before anything is typed
-    turns = iter(args.prompt)
-    while True:
-        if (line := next(turns, None)) is None:
-            say("> ", end="")
-            if not (line := sys.stdin.readline()):
-                return 0
-        messages.append({"role": "user", "content": line.strip()})
-        made = make([text.encode(text.render(messages), special=False)], shower(text, 1), cache)
-        answer = text.tokenizer.decode([t for t in made[0] if t not in stop])
-        messages.append({"role": "assistant", "content": answer})
 
 
 def main(argv=None):

@@ -21,7 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -38,7 +38,7 @@ settings.load_profile("default")
 
 
 @st.composite
-def configs(draw, mtp=st.integers(0, 2), moe=True):
+def configs(draw, mtp=(0, 2)):
     """Configurations of every structure: with and without compressed queries, groups, shared experts, YaRN, ties."""
     groups, per_group = draw(st.integers(1, 4)), draw(st.integers(2, 4))
     kept = draw(st.integers(1, groups))
@@ -62,7 +62,7 @@ def configs(draw, mtp=st.integers(0, 2), moe=True):
         v_head_dim=draw(st.integers(1, 9)),
         attention_bias=draw(st.booleans()),
         intermediate_size=draw(st.integers(3, 12)),
-        first_k_dense_replace=draw(st.integers(0, layers - moe)),
+        first_k_dense_replace=draw(st.integers(0, layers - 1)),
         moe_intermediate_size=draw(st.integers(2, 6)),
         n_shared_experts=draw(st.integers(0, 2)),
         n_routed_experts=groups * per_group,
@@ -75,7 +75,7 @@ def configs(draw, mtp=st.integers(0, 2), moe=True):
         rope_interleave=draw(st.booleans()),
         max_position_embeddings=512,
         tie_word_embeddings=draw(st.booleans()),
-        num_nextn_predict_layers=draw(mtp),
+        num_nextn_predict_layers=draw(st.integers(*mtp)),
     )
 
 
@@ -280,7 +280,8 @@ def test_yarn_of_factor_1_is_rope(cfg):
     plain = replace(cfg, rope_scaling=None)
     assert_close(dsv3.rope_frequencies(yarn), dsv3.rope_frequencies(plain))
     assert dsv3.rope_magnitude(yarn) == dsv3.rope_magnitude(plain) == 1
-    assert dsv3.softmax_scale(yarn) == dsv3.softmax_scale(plain) == (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+    size = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+    assert dsv3.softmax_scale(yarn) == dsv3.softmax_scale(plain) == size**-0.5
 
 
 def test_yarn_of_the_671b_model_in_numbers():
@@ -407,7 +408,8 @@ def test_the_cheaper_form_is_the_one_with_fewer_multiplications(monkeypatch):
     for T, past in [(1, 0), (1, 9), (2, 60), (5, 40), (8, 8), (9, 0), (30, 0), (40, 40)]:
         q_nope, q_rope, kv, w, name, cfg, visible = attention_inputs(SMALL, 0, T, past)
         w = {k: v.view(Counted) for k, v in w.items()}
-        costs = [multiplications(f, q_nope, q_rope, kv, w, name, cfg, visible) for f in (dsv3.mla_absorbed, dsv3.mla_naive)]
+        forms = dsv3.mla_absorbed, dsv3.mla_naive
+        costs = [multiplications(form, q_nope, q_rope, kv, w, name, cfg, visible) for form in forms]
         chosen.add(absorbs := dsv3.absorbing_is_cheaper(T, T + past, SMALL))
         assert absorbs == (costs[0] < costs[1]), (T, past, costs)
     assert chosen == {True, False}
@@ -423,7 +425,7 @@ def run_in_chunks(token_BT, sizes, w, cfg, start_B=None):
     return np.concatenate(parts, axis=1), cache
 
 
-@given(configs(mtp=st.just(0)), seeds, st.lists(st.integers(1, 5), max_size=6))
+@given(configs(mtp=(0, 0)), seeds, st.lists(st.integers(1, 5), max_size=6))
 def test_any_chunks_through_the_cache_equal_one_pass_without(cfg, seed, sizes):
     w, token_BT = make_weights(cfg, seed), make_tokens(cfg, seed, 2, 9)
     chunked, cache = run_in_chunks(token_BT, sizes, w, cfg)
@@ -433,7 +435,7 @@ def test_any_chunks_through_the_cache_equal_one_pass_without(cfg, seed, sizes):
     assert len(cache.layers) == cfg.num_hidden_layers
 
 
-@given(configs(mtp=st.just(0)), seeds)
+@given(configs(mtp=(0, 0)), seeds)
 def test_any_chunks_equal_one_pass_in_float32(cfg, seed):
     """In float32 a routing decision may flip where two affinities are closer than its rounding, so on the attention."""
     cfg = replace(cfg, num_hidden_layers=1, first_k_dense_replace=1)
@@ -466,7 +468,7 @@ def test_the_future_never_changes_the_past(cfg, seed, t):
             assert np.abs(h[:, t - k] - g[:, t - k]).max() > 1e-12
 
 
-@given(configs(mtp=st.just(0)), seeds)
+@given(configs(mtp=(0, 0)), seeds)
 def test_positions_matter_only_by_their_differences(cfg, seed):
     w, token_BT = make_weights(cfg, seed), make_tokens(cfg, seed, 1, 5)
     x_BTD = w["model.embed_tokens.weight"][token_BT]
@@ -610,15 +612,16 @@ def test_the_bias_update_evens_skewed_loads(seed):
     cfg = replace(SMALL, hidden_size=8, num_experts_per_tok=2)
     w, _ = gate_weights(cfg, seed)
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((4, 64, 8)) + 2  # alike, so that some experts suit them all
+    x = 0.5 * rng.standard_normal((4, 64, 8)) + 0.5  # alike, so that some experts suit them all
     bias, violations = np.zeros(12), []
-    for _ in range(200):
+    for _ in range(300):
         index, _ = dsv3.route(x, w | {"mlp.gate.e_score_correction_bias": bias}, "mlp", cfg)
         load = dsv3.expert_load(index, cfg)
         assert load.sum() == 4 * 64 * 2 and np.array_equal(load, np.bincount(index.ravel(), minlength=12))
         violations.append(dsv3.max_violation(load))
-        bias = dsv3.update_bias(bias, load, 0.01)
-    assert violations[0] > 0.5 and np.mean(violations[-20:]) < 0.5 * violations[0]
+        bias = dsv3.update_bias(bias, load, 0.005)
+    assume(violations[0] > 1)
+    assert np.mean(violations[-20:]) < 0.5 * violations[0]
 
 
 def test_the_bias_update_as_printed():
@@ -646,13 +649,63 @@ def test_the_balance_loss_as_printed(cfg, seed):
 # ---- 6, 7. The model, multi-token prediction, the objective ----------------------------------------------------------
 
 
+PARITY = np.load(WEIGHTS / "vectors" / "parity.npz")
+CASES = sorted(key.removesuffix("/config") for key in PARITY if key.endswith("/config"))
+
+
 def formula(name, shape):
-    """The weights of the shipped parity data; weights/vectors/make_parity.py has the same lines."""
-    n = math.prod(shape)
-    h = (zlib.crc32(name.encode()) + np.arange(n, dtype=np.uint64) * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
+    """The weights of the parity data, a hash of name and index; weights/vectors/make_parity.py has the same lines."""
+    h = np.uint64(zlib.crc32(name.encode())) + np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435769)
+    h &= np.uint64(0xFFFFFFFF)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
-    return (h / 2**31 - 1).reshape(shape)
+        h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor) & np.uint64(0xFFFFFFFF)
+    u = (h / 2**31 - 1).reshape(shape)
+    if name.endswith("norm.weight"):
+        return 1 + 0.3 * u
+    if name.endswith("e_score_correction_bias"):
+        return 0.1 * u
+    if name.endswith(".bias"):
+        return 0.3 * u
+    return 1.7 * u if "embed_tokens" in name else 1.5 * math.sqrt(3 / shape[1]) * u
+
+
+def parity_case(case, dtype):
+    """Configuration, weights, tokens, and what Hugging Face transformers computes in float64 under our names."""
+    config, scales, shifts = (json.loads(str(PARITY[f"{case}/{part}"])) for part in ("config", "scale", "shift"))
+    cfg, w = dsv3.Config.from_dict(config), {}
+    for name, shape in dsv3.tensor_shapes(cfg).items():
+        x = formula(name, shape)
+        for changes, change in ((scales, np.multiply), (shifts, np.add)):
+            for suffix, amount in changes.items():
+                x = change(x, amount) if name.endswith(suffix) else x
+        w[name] = x.astype(dtype)
+    names = [key.removeprefix(f"{case}/") for key in PARITY if key.startswith(f"{case}/")]
+    expected = {name: PARITY[f"{case}/{name}"] for name in names if name.startswith(("model.", "lm_head"))}
+    return cfg, w, PARITY[f"{case}/tokens"].tolist(), expected
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 3e-5)])
+def test_parity_with_hugging_face_transformers(case, dtype, tolerance):
+    """Every array that an independent implementation computed; the chosen experts exactly, in float32 too."""
+    cfg, w, tokens, expected = parity_case(case, dtype)
+    named = dsv3.trace([tokens], w, cfg)
+    assert len(expected) > 3
+    for name, x in expected.items():
+        got = named[name]
+        if ".gate." in name:  # listed by expert
+            order = np.argsort(named[name.replace("weights", "indices")], axis=-1)
+            got = np.take_along_axis(got, order, axis=-1)
+        if name.endswith("indices"):
+            assert np.array_equal(got, x), name
+        else:
+            assert_close(got, x, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_greedy_tokens_are_those_of_hugging_face_transformers(dtype):
+    cfg, w, tokens, _ = parity_case("v3_yarn", dtype)
+    assert generated([tokens], w, cfg, 12) == [PARITY["v3_yarn/greedy"].tolist()]
 
 
 @given(configs(), seeds)
@@ -672,8 +725,9 @@ def test_the_trace_names_every_module_in_the_order_of_computation():
     named = dsv3.trace([make_tokens(cfg, 0, 5).tolist()], make_weights(cfg), cfg)
     attention = ["input_layernorm", "self_attn.q_rope", "self_attn.kv_latent", "self_attn.k_rope", "self_attn"]
     gate = ["mlp.gate.scores", "mlp.gate.indices", "mlp.gate.weights"]
-    blocks = [[f"model.layers.{i}.{part}" for part in [*attention, "post_attention_layernorm", *(gate if i else []), "mlp"]]
-              + [f"model.layers.{i}"] for i in range(3)]  # fmt: skip
+    parts = [*attention, "post_attention_layernorm", *gate, "mlp"]
+    blocks = [[f"model.layers.{i}.{part}" for part in parts if i or ".gate." not in part] + [f"model.layers.{i}"]
+              for i in range(3)]  # fmt: skip
     assert list(named) == ["model.embed_tokens", *blocks[0], *blocks[1], "model.norm", "lm_head",
                            "model.layers.2.eh_proj", *blocks[2], "model.layers.2.shared_head"]  # fmt: skip
     shapes = {"model.embed_tokens": (5, 22), "model.layers.0.self_attn.q_rope": (5, 3, 4), "lm_head": (5, 31),
@@ -685,7 +739,7 @@ def test_the_trace_names_every_module_in_the_order_of_computation():
     assert ragged["1/model.layers.2.shared_head"].shape == (2, 31)
 
 
-@given(configs(mtp=st.integers(0, 3)), seeds)
+@given(configs(mtp=(0, 3)), seeds)
 def test_the_training_objective_as_printed(cfg, seed):
     """Eqs. (24), (25) term by term: T - k cross-entropies divided by T, lambda / D; and the loads behind it."""
     w, tokens, T = make_weights(cfg, seed), make_tokens(cfg, seed, 2, 8), 7
@@ -735,7 +789,7 @@ CALL = "BTSJXYZMU"  # letters that a call sizes; each has one size within a func
 
 
 def shapes_that_lie(run, cfg):
-    """Run, look at every function of the module as it returns, and list what does not fit its suffix. -> (lies, seen)"""
+    """Run; look at every function of the module as it returns; list what does not fit its suffix. -> (lies, seen)"""
     fixed = {"D": cfg.hidden_size, "H": cfg.num_attention_heads, "N": cfg.qk_nope_head_dim, "R": cfg.qk_rope_head_dim,
              "P": cfg.qk_rope_head_dim // 2, "V": cfg.v_head_dim, "C": cfg.kv_lora_rank, "Q": cfg.q_lora_rank,
              "L": cfg.kv_lora_rank + cfg.qk_rope_head_dim, "E": cfg.n_routed_experts, "K": cfg.num_experts_per_tok,
@@ -805,5 +859,489 @@ def test_the_definitions_run_under_jax_in_jit_and_grad(monkeypatch):
     assert_close(float(jax_value), value)
     slope = sum(float((grad[name] * step[name]).sum()) for name in w)
     assert slope == pytest.approx((ahead - behind) / 2, rel=1e-4)
-    assert all(not np.any(g) for name, g in grad.items() if name.endswith("e_score_correction_bias"))
-    assert all(np.any(g) for name, g in grad.items() if not name.endswith("e_score_correction_bias") and ".experts." not in name)
+    for name, g in grad.items():
+        if ".experts." not in name:  # an expert that no token chose has none
+            assert np.any(g) == (not name.endswith("e_score_correction_bias")), name
+
+
+# ---- 8. Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(directory, cfg, w, config=None, shards=1, dtype=None):
+    """A directory in the Hugging Face layout, written with the safetensors library."""
+    directory.mkdir(exist_ok=True)
+    rope = cfg.rope_scaling and {k: v for k, v in vars(cfg.rope_scaling).items() if v is not None} | {"type": "yarn"}
+    keys = vars(cfg) | {"model_type": "deepseek_v3", "rope_scaling": rope, "eos_token_id": None} | (config or {})
+    (directory / "config.json").write_text(json.dumps(keys))
+    w = {name: x.astype(dtype) if dtype and x.dtype.kind == "f" else x for name, x in w.items()}
+    if shards == 1:
+        save_file(w, directory / "model.safetensors")
+        return directory
+    files = {f"model-{i + 1:05}-of-{shards:06}.safetensors": list(w)[i::shards] for i in range(shards)}
+    for file, names in files.items():
+        save_file({name: w[name] for name in names}, directory / file)
+    weight_map = {name: file for file, names in files.items() for name in names}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def quantized(w):
+    """The FP8 release's form of some weights: every projection but eh_proj in E4M3 with scales of 128x128 blocks."""
+    out = {}
+    for name, x in w.items():
+        if not name.endswith("_proj.weight") or "eh_proj" in name:
+            out[name] = x.astype(np.float32 if "bias" in name else ml_dtypes.bfloat16)
+            continue
+        rows, columns = -(-x.shape[0] // 128), -(-x.shape[1] // 128)
+        scale = np.zeros((rows, columns), np.float32)
+        code = np.zeros(x.shape, ml_dtypes.float8_e4m3fn)
+        for i, j in np.ndindex(rows, columns):
+            block = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+            scale[i, j] = np.abs(x[block]).max() / 448
+            code[block] = (x[block] / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
+        out[name], out[f"{name}_scale_inv"] = code, scale
+    return out
+
+
+def test_every_fp8_code_reads_as_ml_dtypes_reads_it():
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert dsv3.e4m3_values().tobytes() == values.tobytes()
+
+
+@given(st.integers(1, 300), st.integers(1, 300), seeds)
+def test_fp8_blocks_are_code_times_scale_bit_for_bit(rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    code = rng.integers(0, 0x7F, (rows, columns), np.uint8)
+    scale = rng.random((-(-rows // 128), -(-columns // 128)), np.float32) * 1e-3
+    got = dsv3.decode("F8_E4M3", code, scale)
+    values = code.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    expected = np.array([[values[i, j] * scale[i // 128, j // 128] for j in range(columns)] for i in range(rows)])
+    assert got.dtype == np.float32 and np.array_equal(got, expected)
+
+
+def test_every_bf16_value_reads_as_ml_dtypes_reads_it():
+    bits = np.arange(2**16, dtype=np.uint16)
+    expected = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    assert np.array_equal(dsv3.decode("BF16", bits), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_checkpoint_reads_back_as_written(tmp_path, stored, shards):
+    w = make_weights(SMALL)
+    directory = write_checkpoint(tmp_path / "w", SMALL, w, shards=shards, dtype=stored)
+    cfg = dsv3.read_config(directory)
+    assert cfg == SMALL
+    for dtype in (np.float32, np.float64):
+        read = dsv3.Checkpoint(directory, cfg, dtype)
+        assert set(read) == set(w) and len(read) == len(w) and not read.unused
+        for name in w:
+            expected = w[name].astype(stored).astype(np.float64)
+            assert read[name].dtype == dtype and np.array_equal(read[name], expected.astype(dtype))
+
+
+def test_the_fp8_release_layout_with_ragged_blocks_and_scales_in_other_shards(tmp_path):
+    cfg = replace(SMALL, hidden_size=160, kv_lora_rank=140, moe_intermediate_size=130)
+    stored = quantized(make_weights(cfg))
+    for k in (3, 4):  # the release stores the shared embedding and head again with each MTP module
+        stored[f"model.layers.{k}.embed_tokens.weight"] = stored["model.embed_tokens.weight"]
+        stored[f"model.layers.{k}.shared_head.head.weight"] = stored["lm_head.weight"]
+    directory = write_checkpoint(tmp_path / "w", cfg, stored, shards=5)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    apart = sum(index[name] != index[name.removesuffix("_scale_inv")] for name in index if name.endswith("_scale_inv"))
+    assert apart > 10
+    read = dsv3.Checkpoint(directory, cfg, np.float64)
+    assert not read.unused
+    for name in read:
+        expected = stored[name].astype(np.float32)
+        if f"{name}_scale_inv" in stored:
+            scale = stored[f"{name}_scale_inv"].repeat(128, 0).repeat(128, 1)
+            expected = expected * scale[: expected.shape[0], : expected.shape[1]]
+        assert np.array_equal(read[name], expected.astype(np.float64)), name
+    assert_close(dsv3.forward(np.array([[1, 2]]), read, cfg), dsv3.forward(np.array([[1, 2]]), dict(read), cfg))
+
+
+def test_mtp_modules_that_the_files_lack_are_left_out(tmp_path):
+    w = make_weights(replace(SMALL, num_nextn_predict_layers=0))
+    read = dsv3.Checkpoint(write_checkpoint(tmp_path / "w", SMALL, w), SMALL)
+    assert set(read) == set(w) and dsv3.mtp_depth(read, SMALL) == 0
+
+
+def damaged(directory, how):
+    """Damage a checkpoint of one file in a way that has a name; what the refusal must mention."""
+    file, data = directory / "model.safetensors", bytearray((directory / "model.safetensors").read_bytes())
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+
+    def rewrite(header):
+        raw = json.dumps(header).encode()
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + n :])
+
+    if how == "empty":
+        file.write_bytes(b"")
+    elif how == "short":
+        file.write_bytes(data[: n // 2])
+    elif how == "truncated":
+        file.write_bytes(data[:-10])
+    elif how == "length":
+        file.write_bytes((2**62).to_bytes(8, "little") + data[8:])
+    elif how == "binary":
+        file.write_bytes(data[:8] + b"\xff" * n + data[8 + n :])
+    elif how == "array":
+        rewrite([])
+    elif how == "offsets":
+        header["model.norm.weight"]["data_offsets"] = [-8, 8]
+        rewrite(header)
+    elif how == "size":
+        header["model.norm.weight"]["shape"] = [23]
+        rewrite(header)
+    elif how == "entry":
+        header["model.norm.weight"] = {"dtype": "F32"}
+        rewrite(header)
+    elif how == "missing":
+        del header["model.norm.weight"]
+        rewrite(header)
+    elif how == "dtype":
+        header["model.norm.weight"]["dtype"] = "I64"
+        rewrite(header)
+    elif how == "shape":
+        header["lm_head.weight"]["shape"] = [22, 31]
+        rewrite(header)
+    elif how == "gone":
+        file.unlink()
+    elif how == "config":
+        (directory / "config.json").write_text("{")
+    elif how == "no config":
+        (directory / "config.json").unlink()
+    elif how == "index":
+        (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    elif how == "no map":
+        (directory / "model.safetensors.index.json").write_text("{}")
+    elif how == "elsewhere":
+        (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+
+
+@pytest.mark.parametrize("how, said", [
+    ("empty", "truncated"), ("short", "truncated"), ("truncated", "outside the file"), ("length", "truncated"),
+    ("binary", "not JSON"), ("array", "JSON object"), ("offsets", "model.norm.weight"), ("size", "model.norm.weight"),
+    ("entry", "model.norm.weight"), ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
+    ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
+    ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks a"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, how, said):
+    directory = write_checkpoint(tmp_path / "w", SMALL, make_weights(SMALL, dtype=np.float32))
+    assert dsv3.main(["--weights", str(directory), "--tokens", "1", "-n", "1"]) == 0
+    capsys.readouterr()
+    damaged(directory, how)
+    assert dsv3.main(["--weights", str(directory), "--tokens", "1", "-n", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err and str(directory) in err
+
+
+def test_an_fp8_weight_without_its_scales_is_refused(tmp_path):
+    stored = quantized(make_weights(SMALL))
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    for broken, said in (({}, "missing"), ({name: np.ones((2, 1), np.float32)}, "shape")):
+        directory = write_checkpoint(tmp_path / "w", SMALL, without(stored, name) | broken)
+        with pytest.raises(dsv3.InputError, match=said):
+            dsv3.Checkpoint(directory, SMALL)
+
+
+def test_the_tensors_of_the_671b_model_are_counted_as_published():
+    """671B, 37B activated; 61 layers of 576 cached elements; 91,991 tensors in the release's index."""
+    table = dsv3.inspect(dsv3.Config())
+    for number in ("671,026,419,200", "37,552,297,472", "11,610,068,224", "35,136", "70,272", "71.1"):
+        assert number in table
+    shapes = dsv3.tensor_shapes(dsv3.Config())
+    scaled = sum(name.endswith(("_proj.weight", "with_mqa.weight")) for name in shapes) - 1  # not eh_proj
+    assert len(shapes) + 2 + scaled == 91_991  # the MTP module's copies of embedding and head
+
+
+# ---- 9. Generation -------------------------------------------------------------------------------------------------
+
+
+def generated(prompts, w, cfg, n, *args, **kwargs):
+    rows = [[] for _ in prompts]
+    for b, token in dsv3.generate(prompts, w, cfg, n, *args, **kwargs):
+        rows[b].append(token)
+    return rows
+
+
+GUESSABLE = replace(SMALL, vocab_size=4, num_nextn_predict_layers=1)  # a draft is right one time in four by chance
+
+
+@given(configs(mtp=(1, 1)), seeds, st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_greedy_speculation_changes_no_token(cfg, seed, lengths):
+    cfg = replace(cfg, vocab_size=5)
+    w, stats = make_weights(cfg, seed), dsv3.Stats()
+    prompts = [make_tokens(cfg, seed + b, n).tolist() for b, n in enumerate(lengths)]
+    plain = generated(prompts, w, cfg, 12, speculate=False)
+    assert generated(prompts, w, cfg, 12, stats=stats) == plain
+    assert stats.drafted > 0 and stats.new_tokens == 12 * len(prompts)
+    for prompt, row in zip(prompts, plain, strict=True):  # and plain decoding is the argmax of the definition
+        h = dsv3.forward(np.array([prompt + row[:-1]]), w, cfg)
+        assert np.argmax(dsv3.head(h, w, cfg)[0, len(prompt) - 1 :], -1).tolist() == row
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_both_caches_are_right_after_every_accept_and_reject(monkeypatch, chunk):
+    monkeypatch.setattr(dsv3, "CHUNK", chunk)
+    cfg, w, stats = GUESSABLE, make_weights(GUESSABLE, 1), dsv3.Stats()
+    prompts, cache, made = [[1, 2, 3, 0, 1], [3]], dsv3.Cache(2), [[], []]
+    for b, token in dsv3.generate(prompts, w, cfg, 30, dsv3.Sampling(1.0), stats=stats, cache=cache):
+        made[b].append(token)
+        for row, held in enumerate(cache.tokens):
+            if len(held) < 2:
+                continue
+            assert held == (prompts[row] + made[row])[: len(held)]
+            whole, known = dsv3.Cache(1), (prompts[row] + made[row])[: len(held) + 1]
+            h = dsv3.forward(np.array([held]), w, cfg, whole)
+            if len(known) > len(held):
+                dsv3.mtp(1, h, np.array([known[1:]]), w, cfg, whole)
+            for layer, rows in whole.layers.items():
+                assert_close(cache.layers[layer][row, : len(held)], rows[0])
+    assert 0 < stats.accepted < stats.drafted
+
+
+def paths(run):
+    """Every sequence of choices that `run` can make through dsv3.draw -> (probability, result) of each."""
+    waiting, draw = [[]], dsv3.draw
+    while waiting:
+        path, probability, at = waiting.pop(), [1.0], itertools.count()
+
+        def choose(p, rng, path=path, probability=probability, at=at):
+            p, i = np.asarray(p, float) / np.sum(p), next(at)
+            options = np.flatnonzero(p)
+            if i == len(path):
+                waiting.extend([*path, int(option)] for option in options[1:])
+                path.append(int(options[0]))
+            probability[0] *= p[path[i]]
+            return path[i]
+
+        dsv3.draw = choose
+        try:
+            result = run()
+        finally:
+            dsv3.draw = draw
+        yield probability[0], result
+
+
+@pytest.mark.parametrize("sampling", [dsv3.Sampling(1.0), dsv3.Sampling(0.5, top_k=2), dsv3.Sampling(2.0, top_p=0.8)])
+def test_speculative_sampling_has_exactly_the_main_models_distribution(sampling):
+    """All ways that three tokens of a vocabulary of three can be made, with their probabilities, added up."""
+    cfg = replace(GUESSABLE, vocab_size=3, num_hidden_layers=1, first_k_dense_replace=0)
+    w = make_weights(cfg, 4)
+    totals = [{}, {}]
+    for total, speculate in zip(totals, (False, True), strict=True):
+        for probability, text in paths(lambda: tuple(generated([[1, 2]], w, cfg, 3, sampling, speculate=speculate)[0])):
+            total[text] = total.get(text, 0) + probability
+    assert set(totals[0]) == set(totals[1]) and len(totals[0]) > 4
+    assert sum(totals[0].values()) == pytest.approx(1)
+    for text, probability in totals[0].items():
+        assert totals[1][text] == pytest.approx(probability, abs=1e-12)
+
+
+def test_draw_has_the_probabilities_it_is_given():
+    class Grid:
+        def __init__(self):
+            self.values = iter((np.arange(1000) + 0.5) / 1000)
+
+        def random(self):
+            return next(self.values)
+
+    rng = Grid()
+    counts = np.bincount([dsv3.draw([0.25, 0, 0.625, 0.125, 0], rng) for _ in range(1000)], minlength=5)
+    assert counts.tolist() == [250, 0, 625, 125, 0]
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=9), st.floats(0.1, 5), st.integers(0, 10), st.floats(0.01, 1))
+def test_the_distribution_is_temperature_then_top_k_then_top_p(logits, temperature, k, top_p):
+    p = dsv3.distribution(np.array(logits), dsv3.Sampling(temperature, k, top_p))
+    full = np.exp((np.array(logits) - max(logits)) / temperature)
+    full /= full.sum()
+    ranked = sorted(range(len(logits)), key=lambda i: (-full[i], i))[: k or None]
+    kept, mass = [], 0.0
+    for i in ranked:
+        kept.append(i)
+        mass += full[i]
+        if mass >= top_p:
+            break
+    expected = np.zeros(len(logits))
+    expected[kept] = full[kept] / full[kept].sum()
+    assume(abs(np.cumsum(full[ranked]) - top_p).min() > 1e-9 or top_p == 1)
+    assert_close(p, expected)
+
+
+def test_sampling_is_repeatable_and_a_row_draws_from_a_stream_of_its_own():
+    w, hot = make_weights(SMALL), dsv3.Sampling(1.5, seed=7)
+    one = generated([[1, 2, 3]], w, SMALL, 20, hot)
+    assert generated([[1, 2, 3]], w, SMALL, 20, hot) == one
+    assert generated([[1, 2, 3]], w, SMALL, 20, replace(hot, seed=8)) != one
+    first, second = generated([[1, 2, 3], [1, 2, 3]], w, SMALL, 20, hot)
+    assert [first] == one and second != first
+
+
+def test_a_row_ends_at_any_stop_token_and_others_go_on():
+    w, prompts = make_weights(SMALL), [[1, 2, 3], [4, 5]]
+    free = generated(prompts, w, SMALL, 20)
+    stop = {free[0][4], 30}
+    rows = generated(prompts, w, SMALL, 20, stop=stop)
+    for row, whole in zip(rows, free, strict=True):
+        end = next((i + 1 for i, token in enumerate(whole) if token in stop), 20)
+        assert row == whole[:end]
+    assert len(rows[0]) <= 5
+
+
+def test_a_cache_of_an_earlier_turn_is_used_and_changes_nothing():
+    cfg, w, cache, stats = GUESSABLE, make_weights(GUESSABLE, 2), dsv3.Cache(1), dsv3.Stats()
+    prompt, history = [1, 2, 3, 1], []
+    for turn in range(3):
+        prompt = prompt + history + [turn, 2]
+        stats = dsv3.Stats()
+        history = generated([prompt], w, cfg, 6, cache=cache, stats=stats)[0]
+        assert history == generated([prompt], w, cfg, 6)[0]
+    assert stats.prompt_tokens < len(prompt) / 2
+    assert generated([[3, 3]], w, cfg, 6, cache=cache) == generated([[3, 3]], w, cfg, 6)
+
+
+def test_no_new_tokens_is_only_a_forward_pass():
+    stats = dsv3.Stats()
+    assert generated([[1, 2, 3]], make_weights(SMALL), SMALL, 0, stats=stats) == [[]]
+    assert (stats.prompt_tokens, stats.new_tokens) == (3, 0) and stats.cache_bytes > 0
+
+
+@pytest.mark.parametrize("prompts, n, said", [
+    ([[]], 1, "empty"), ([[1], [31]], 1, "prompt 1: token id [31]"), ([[-1]], 1, "vocabulary"),
+    ([[1] * 500], 13, "positions"),
+])  # fmt: skip
+def test_a_prompt_that_cannot_be_continued_is_refused_before_any_work(prompts, n, said):
+    with pytest.raises(dsv3.InputError, match=re.escape(said)):
+        generated(prompts, {}, SMALL, n)
+
+
+@pytest.mark.parametrize("bad", [
+    {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0}, {"top_p": 1.1},
+    {"top_p": math.nan}, {"top_k": -1}, {"seed": -1}])  # fmt: skip
+def test_sampling_out_of_range_is_refused(bad):
+    with pytest.raises(dsv3.InputError, match=next(iter(bad)).replace("_", "-")):
+        dsv3.Sampling(**bad)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(dsv3.InputError, match="not finite"):
+        dsv3.distribution(np.array([0, np.nan]), dsv3.Sampling())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [0.0, 1.0, 30.0])
+def test_weights_of_any_size_make_no_warning(factor):
+    w = {name: (x * factor).astype(np.float32) for name, x in make_weights(GUESSABLE).items()}
+    assert len(generated([[1], [2, 3]], w, GUESSABLE, 8, dsv3.Sampling(1e-300))[0]) == 8
+
+
+# ---- 10. Command line ------------------------------------------------------------------------------------------------
+
+STATISTICS = re.compile(
+    r"prompt: \d+ tokens, [\d.]+ tok/s · new: \d+ tokens, [\d.]+ tok/s · drafted \d+, accepted \d+"
+    r" · cache \d+ KB · peak memory \d+ MB\n"
+)
+
+
+def cli(*args, **kwargs):
+    """The program as a user runs it -> (exit code, stdout, stderr)."""
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"} | kwargs.pop("env", {})
+    done = subprocess.run([sys.executable, "deepseek_v3.py", *map(str, args)], capture_output=True, cwd=HERE, env=env,
+                          timeout=120, **kwargs)  # fmt: skip
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint directory of SMALL in float32, without a tokenizer."""
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "w", SMALL, make_weights(SMALL, dtype=np.float32))
+
+
+def test_token_ids_in_token_ids_out_and_one_line_of_statistics(small, capsys):
+    prompts = [[3, 14, 15], [9]]
+    flags = [flag for p in prompts for flag in ("--tokens", " ".join(map(str, p)))]
+    assert dsv3.main(["--weights", str(small), "-n", "7", "--dtype", "float64", *flags]) == 0
+    out, err = capsys.readouterr()
+    expected = generated(prompts, dsv3.Checkpoint(small, SMALL, np.float64), SMALL, 7)
+    assert out == "".join(" ".join(map(str, row)) + "\n" for row in expected)
+    assert STATISTICS.fullmatch(err)
+
+
+def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
+    trace, flags = tmp_path / "t.npz", ["--weights", str(small), "-n", "0", "--dtype", "float64", "--tokens", "1 2 3"]
+    assert dsv3.main([*flags, "--trace", str(trace)]) == 0
+    expected = dsv3.trace([[1, 2, 3]], dsv3.Checkpoint(small, SMALL, np.float64), SMALL)
+    with np.load(trace) as stored:
+        assert list(stored) == list(expected)
+        arrays = {name: stored[name] for name in stored}
+    for name, x in expected.items():
+        assert np.array_equal(arrays[name], x)
+    capsys.readouterr()
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 0
+    assert "agree" in capsys.readouterr().err
+    order = np.random.default_rng(0).permutation(6)  # a port may list the chosen experts in any order
+    for name in list(arrays):
+        if name.endswith((".gate.indices", ".gate.weights")):
+            arrays[name] = arrays[name][:, order]
+    np.savez(trace, **without(arrays, "model.layers.1.mlp.gate.scores"))
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 0
+    for broken in ("model.layers.1.self_attn", "model.layers.1.mlp.gate.indices", "model.layers.2.mlp.gate.weights"):
+        np.savez(trace, **arrays | {broken: arrays[broken] + 1, "lm_head": arrays["lm_head"] + 1})
+        capsys.readouterr()
+        assert dsv3.main([*flags, "--compare", str(trace)]) == 1
+        assert f"departs at {broken}:" in capsys.readouterr().err
+    np.savez(trace, **arrays | {"model.norm": arrays["model.norm"][:2]})
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 1
+    np.savez(trace, other=1)
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 2
+    trace.write_bytes(b"nothing")
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 2
+    assert list(tmp_path.iterdir()) == [trace]
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--no-such-flag"], "--no-such-flag"),
+    (["-n", "x"], "-n"),
+    (["-n", "-1"], "--max-tokens"),
+    (["--tokens", "1 a"], "--tokens"),
+    (["--tokens", ""], "empty"),
+    (["--tokens", "1", "--prompt", "x"], "exclude"),
+    (["--tokens", "99999"], "vocabulary"),
+    (["--weights", "no-such-directory"], "no-such-directory"),
+    (["--temperature", "-1"], "temperature"),
+    (["--temp", "nan"], "temperature"),
+    (["--top-p", "0"], "top-p"),
+    (["--dtype", "int8"], "--dtype"),
+    (["--tokens", "1", "--trace", "no-such-directory/t.npz"], "t.npz"),
+    (["--tokens", "1", "--compare", "no-such-file.npz"], "no-such-file"),
+    (["--chat", "--tokens", "1"], "--chat"),
+])  # fmt: skip
+def test_a_bad_request_is_one_line_and_exit_code_2(small, capsys, args, said):
+    assert dsv3.main([*([] if "--weights" in args else ["--weights", str(small)]), *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_text_without_a_tokenizer_points_to_token_ids(small, capsys):
+    assert dsv3.main(["--weights", str(small), "--prompt", "x"]) == 2
+    assert "--tokens" in capsys.readouterr().err
+
+
+def test_inspect_takes_a_directory_or_a_bare_config(small, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASE))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert dsv3.main(["--weights", str(path), "--inspect"]) == 0
+        assert "671,026,419,200" in capsys.readouterr().out
+    assert dsv3.main(["--weights", str(small), "--inspect"]) == 0
+    assert f"{4 * sum(x.size for x in make_weights(SMALL).values()):,}" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_there_is_said_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert dsv3.choose_device("cpu")[0] is np and dsv3.choose_device("auto")[0] is np
+    with pytest.raises(dsv3.InputError, match="CuPy is not installed"):
+        dsv3.choose_device("gpu")

@@ -57,15 +57,17 @@ def make_tokenizer(stories, path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(stories, trainers.BpeTrainer(
-        vocab_size=MODEL.vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=MODEL.vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(stories, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     tokenizer.save(str(path))
     return tokenizer
 
 
 def initial_weights(seed):
-    """Matrices normal with INIT_STD, norms one, biases of the router zero; split into what the gradient moves and not."""
+    """Matrices normal with INIT_STD, norms 1; apart from them the routers' biases, 0, which no gradient moves."""
     rng, params, biases = np.random.default_rng(seed), {}, {}
     for name, shape in dsv3.tensor_shapes(MODEL).items():
         if name.endswith("e_score_correction_bias"):
@@ -159,7 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="stories, each followed by a line <|endoftext|>")
     parser.add_argument("--out", type=Path, required=True, help="directory for the finished checkpoint")
-    parser.add_argument("--state", type=Path, help="directory for the state and the log of training (default: OUT/state)")
+    parser.add_argument("--state", type=Path, help="directory for the state and the log (default: OUT/state)")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-bias-update", action="store_true", help="the control: gamma 0 throughout")
