@@ -7,11 +7,16 @@ Properties run in float64 to TIGHT, relative to the largest value; where float32
 stated with the test. Parity is with Hugging Face transformers, whose activations are shipped as data.
 """
 
+import importlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -21,6 +26,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -295,6 +301,24 @@ def test_yarn_of_the_671b_model_in_numbers():
     assert math.isclose(dsv3.softmax_scale(k2), 0.1308608, rel_tol=1e-6)
     ramp = dsv3.rope_frequencies(k2) / dsv3.rope_frequencies(replace(k2, rope_scaling=None))
     assert np.allclose(ramp[[19, 20]], [1, 1 / 32])
+
+
+@given(
+    st.integers(1, 40), st.floats(1e2, 1e6), st.floats(1.5, 64), st.integers(8, 2**17), st.floats(1, 40), st.booleans()
+)
+def test_yarn_frequencies_pair_by_pair(pairs, theta, factor, original, beta_fast, truncate):
+    """The ramp of arXiv:2309.00071 with the bounds of DeepSeek's code: rounded outwards, within [0, R - 1]."""
+    R = 2 * pairs
+    yarn = dsv3.Yarn(factor, original, beta_fast, beta_fast / 8, truncate=truncate)
+    got = dsv3.rope_frequencies(replace(SMALL, qk_rope_head_dim=R, rope_theta=theta, rope_scaling=yarn))
+    low, high = (R * math.log(original / (2 * math.pi * b)) / (2 * math.log(theta)) for b in (beta_fast, beta_fast / 8))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    width = high - low if high != low else 0.001
+    for j in range(pairs):
+        plain, slowed = theta ** (-2 * j / R), min(max((j - low) / width, 0), 1)
+        assert math.isclose(got[j], plain * ((1 - slowed) + slowed / factor), rel_tol=1e-9)
 
 
 def test_yarn_magnitude_follows_the_mscales():
@@ -1345,3 +1369,197 @@ def test_a_gpu_that_is_not_there_is_said_so(monkeypatch):
     assert dsv3.choose_device("cpu")[0] is np and dsv3.choose_device("auto")[0] is np
     with pytest.raises(dsv3.InputError, match="CuPy is not installed"):
         dsv3.choose_device("gpu")
+
+
+# ---- The shipped checkpoint ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    cfg = dsv3.read_config(WEIGHTS)
+    return dsv3.Checkpoint(WEIGHTS, cfg), cfg, dsv3.Text(WEIGHTS)
+
+
+def console(markdown):
+    """The commands that a README shows, `$ ` taken off, with the output that it shows for each."""
+    for block in re.findall(r"```console\n(.*?)```", markdown, re.S):
+        for command in re.split(r"^\$ ", block, flags=re.M)[1:]:
+            line, _, output = command.partition("\n")
+            yield line, output
+
+
+def test_the_readme_shows_what_its_commands_print(tmp_path):
+    shown = [(line, output) for line, output in console((HERE / "README.md").read_text("utf-8")) if output]
+    assert len(shown) >= 2
+    (tmp_path / "config.json").write_text(json.dumps(RELEASE))
+    for line, output in shown:
+        words = [tmp_path / "config.json" if word == "config.json" else word for word in shlex.split(line)]
+        assert words[:2] == ["python", "deepseek_v3.py"]
+        code, out, err = cli(*words[2:])
+        assert (code, out) == (0, output), err
+
+
+def test_the_readme_names_what_exists():
+    text, tests = (HERE / "README.md").read_text("utf-8"), (HERE / "test_deepseek_v3.py").read_text("utf-8")
+    rows = re.findall(r"^\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$", text, re.M)
+    assert len(rows) > 15
+    for _, functions, _, properties in rows:
+        for name in re.findall(r"`(\w+)`", functions):
+            assert hasattr(dsv3, name), name
+        for name in re.findall(r"`(\w+)`", properties):
+            assert re.search(rf"def test_\w*{name}", tests), name
+
+
+def test_the_shipped_model_has_all_of_the_structure(shipped):
+    w, cfg, _ = shipped
+    assert 0 < cfg.first_k_dense_replace < cfg.num_hidden_layers and cfg.q_lora_rank and cfg.rope_scaling
+    assert cfg.n_shared_experts and 1 < cfg.topk_group < cfg.n_group and cfg.n_routed_experts >= 16
+    assert dsv3.mtp_depth(w, cfg) == 1 and not w.unused
+    biases = [w[name] for name in w if name.endswith("e_score_correction_bias")]
+    assert all(np.ptp(bias) > 0.01 for bias in biases)  # the balancing has moved them
+
+
+def test_the_story_is_the_same_with_and_without_speculation_and_in_chunks(shipped, monkeypatch):
+    w, cfg, text = shipped
+    prompt, stats = text.encode("Once upon a time"), dsv3.Stats()
+    plain = generated([prompt], w, cfg, 100, speculate=False)
+    assert generated([prompt], w, cfg, 100, stats=stats) == plain
+    assert stats.accepted > stats.drafted / 2
+    monkeypatch.setattr(dsv3, "CHUNK", 2)
+    assert generated([prompt], w, cfg, 100) == plain
+    batch = generated([text.encode("Lily"), prompt], w, cfg, 100)
+    assert batch[1] == plain[0]
+
+
+def test_text_is_never_printed_by_half_characters(shipped):
+    w, cfg, text = shipped
+    session = dsv3.Session(w, cfg, text, {1}, dsv3.Sampling(), 0, True)
+    show, words = session.printer(1), "na\u00efve caf\u00e9 \U0001f600 \u4f60\u597d."
+    ids = text.encode(words)
+    pieces = [show(0, token, False) for token in [*ids, 1]]
+    assert len(ids) > len(words) and "".join(pieces).strip() == words
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_prompt_begins_with_one_bos(shipped):
+    _, _, text = shipped
+    bos = text.special["bos_token"]
+    assert text.encode("Tom")[0] == 0 and text.encode("Tom").count(0) == 1
+    assert text.encode("") == [0]
+    text = dsv3.Text(WEIGHTS)
+    text.tokenizer.post_processor = tokenizers.processors.ByteLevel()  # as in releases, whose tokenizer adds none
+    assert text.encode("Tom").count(0) == text.encode(bos + "Tom").count(0) == 1
+    assert text.encode("Tom", special=False).count(0) == 0
+
+
+def test_prompts_from_stdin_and_in_batches():
+    code, alone, err = cli("-p", "-", "-n", 12, input=b"Once upon a time\n")
+    assert code == 0 and STATISTICS.fullmatch(err)
+    code, both, _ = cli("-p", "Once upon a time", "-p", "Tom and Lily went", "-n", 12)
+    assert code == 0 and both.startswith(alone) and len(both) > len(alone) + 12
+    code, default, _ = cli("-n", 12, "--no-mtp")
+    assert (code, default) == (0, alone)
+    code, out, err = cli("-p", "-", input=b"\xff\xfe")
+    assert (code, out) == (2, "") and "stdin is not UTF-8" in err and err.count("\n") == 1
+    code, out, err = cli("-p", b"\xff".decode("utf-8", "surrogateescape"))
+    assert (code, out) == (2, "") and "Unicode" in err and err.count("\n") == 1
+
+
+def test_sampling_on_the_command_line_is_repeatable():
+    flags = ["-n", 30, "--temp", 0.9, "--top-p", 0.9, "--top-k", 50]
+    first, again, other = (cli(*flags, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} deepseek_v3.py -n 100 2>&1 | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=HERE, capture_output=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout) == 1 and not done.stderr
+
+
+def test_an_interrupt_ends_cleanly_with_the_statistics():
+    program = subprocess.Popen([sys.executable, "deepseek_v3.py", "-n", "900"], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    program.stdout.read(20)
+    program.send_signal(signal.SIGINT)
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 130 and STATISTICS.fullmatch(err.decode())
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content if m.role == 'user' else ' ' + m.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %} said:{% endif %}"
+)
+
+
+def test_a_chat_carries_the_conversation_in_the_checkpoints_template(tmp_path, monkeypatch, capsys):
+    shutil.copytree(WEIGHTS, tmp_path / "w", ignore=shutil.ignore_patterns("vectors"))
+    settings = tmp_path / "w" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tom\nLily\n"))
+    rendered, render = [], dsv3.Text.render
+    monkeypatch.setattr(dsv3.Text, "render", lambda self, m: rendered.append(render(self, m)) or rendered[-1])
+    assert dsv3.main(["--weights", str(tmp_path / "w"), "--chat", "-n", "8"]) == 0
+    out, err = capsys.readouterr()
+    assert len(re.findall(STATISTICS, err)) == 2
+    first = out.split("\n")[0]
+    assert rendered[1].endswith("Tom said:") and rendered[2].count("said:") == 1
+    assert rendered[2].startswith(rendered[1].removesuffix(" said:")) and first.strip() in rendered[2]
+    assert "Lily" in rendered[2]
+    fresh = dsv3.Text(tmp_path / "w").encode(rendered[2], special=False)
+    w, cfg = dsv3.Checkpoint(tmp_path / "w", dsv3.read_config(tmp_path / "w")), dsv3.read_config(tmp_path / "w")
+    answer = generated([fresh], w, cfg, 8, stop={1})[0]
+    assert dsv3.Text(tmp_path / "w").tokenizer.decode(answer).strip() in out
+
+
+@pytest.mark.parametrize("template, said", [(None, "no chat template"), ("{{ x.y.z }}", "chat template fails"),
+                                            ("{% if %}", "chat template fails"),
+                                            ("{{ ''.__class__.__mro__ }}", "chat template fails")])  # fmt: skip
+def test_a_template_that_is_missing_broken_or_hostile_is_refused(tmp_path, capsys, template, said):
+    shutil.copytree(WEIGHTS, tmp_path / "w", ignore=shutil.ignore_patterns("vectors"))
+    settings = tmp_path / "w" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    assert dsv3.main(["--weights", str(tmp_path / "w"), "--chat"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unwritable_trace_leaves_nothing_behind(tmp_path):
+    (tmp_path / "t.npz").mkdir()
+    assert dsv3.main(["--trace", str(tmp_path / "t.npz"), "-n", "0"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
+    """weights/train.py on a tiny model: stopped after a save and started again, it ends with the same bytes."""
+    pytest.importorskip("jax")
+    pytest.importorskip("tqdm")
+    monkeypatch.syspath_prepend(WEIGHTS)
+    monkeypatch.setattr(dsv3, "xp", np)  # the trainer sets jax.numpy; this puts NumPy back afterwards
+    train = importlib.import_module("train")
+    cfg = replace(train.MODEL, vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=16)
+    for name, value in {"MODEL": cfg, "SEQUENCES": 2, "LENGTH": 16, "SAVE_EVERY": -1, "VALIDATE_EVERY": 3}.items():
+        monkeypatch.setattr(train, name, value)
+    (tmp_path / "text").write_text("Once upon a time there was a cat. It sat.\n<|endoftext|>\n" * 60)
+    common = ["--text", str(tmp_path / "text"), "--steps", "5"]
+    train.main([*common, "--out", str(tmp_path / "whole")])
+
+    saves, replace_file = itertools.count(1), os.replace
+
+    def stop_after_two_saves(source, target):
+        replace_file(source, target)
+        if next(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.os, "replace", stop_after_two_saves)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*common, "--out", str(tmp_path / "parts")])
+    train.main([*common, "--out", str(tmp_path / "parts")])
+    assert "going on from step 2" in capsys.readouterr().out
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_file())
+    assert len(files) == 5
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    monkeypatch.setattr(dsv3, "xp", np)
+    loaded = dsv3.Checkpoint(tmp_path / "whole", dsv3.read_config(tmp_path / "whole"))
+    assert dsv3.read_config(tmp_path / "whole") == cfg and np.isfinite(loaded["lm_head.weight"]).all()

@@ -49,6 +49,7 @@ GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of th
 ALPHA = 0.0001  # weight of the sequence-wise balance loss
 LAMBDA, LAMBDA_LATE, LATE_FROM = 0.3, 0.1, 0.67  # weight of the MTP loss, first and from this share of the steps on
 VALIDATION = 0.02  # the last stories, never trained on
+VALIDATE_EVERY, SAVE_EVERY = 250, 120  # steps; seconds
 
 
 def make_tokenizer(stories, path):
@@ -79,15 +80,16 @@ def initial_weights(seed):
     return params, biases
 
 
-def make_step(unravel, decayed, gamma_on, mtp_weight):
-    """One jitted step of training: (state, tokens, learning rate) -> (state, figures)."""
+def make_step(unravel, decayed):
+    """One jitted step of training: (state, tokens, learning rate, lambda, gamma) -> (state, figures)."""
 
-    def loss_of(theta, biases, token_BX):
+    def loss_of(theta, biases, token_BX, mtp_weight):
         return dsv3.training_objective(unravel(theta) | biases, token_BX, MODEL, mtp_weight, ALPHA)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state, token_BX, rate):
-        (_, parts), grad = jax.value_and_grad(loss_of, has_aux=True)(state["theta"], state["biases"], token_BX)
+    def step(state, token_BX, rate, mtp_weight, gamma):
+        objective = jax.value_and_grad(loss_of, has_aux=True)
+        (_, parts), grad = objective(state["theta"], state["biases"], token_BX, mtp_weight)
         norm = jnp.linalg.norm(grad)
         grad = grad * jnp.minimum(1, CLIP / norm)
         count = state["step"] + 1
@@ -96,7 +98,7 @@ def make_step(unravel, decayed, gamma_on, mtp_weight):
         update = m / (1 - BETA1**count) / (jnp.sqrt(v / (1 - BETA2**count)) + 1e-8)
         theta = state["theta"] - rate * (update + DECAY * decayed * state["theta"])
         load = {f"{name}.e_score_correction_bias": load_E for name, load_E in parts["load"].items()}
-        biases = {k: dsv3.update_bias(b, load[k], GAMMA * gamma_on) for k, b in state["biases"].items()}
+        biases = {k: dsv3.update_bias(b, load[k], gamma) for k, b in state["biases"].items()}
         figures = {"main": parts["main"], "mtp": parts["mtp"][0], "balance": parts["balance"], "norm": norm,
                    "load": jnp.stack([load[k] for k in sorted(load)])}  # fmt: skip
         return {"theta": theta, "m": m, "v": v, "biases": biases, "step": count}, figures
@@ -157,7 +159,7 @@ def write_checkpoint(out, params, biases):
         (out / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="stories, each followed by a line <|endoftext|>")
     parser.add_argument("--out", type=Path, required=True, help="directory for the finished checkpoint")
@@ -165,7 +167,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-bias-update", action="store_true", help="the control: gamma 0 throughout")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     state_dir = args.state or args.out / "state"
     state_dir.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -189,35 +191,35 @@ def main():
             state["biases"] = {name: kept[name] for name in biases}
         print(f"going on from step {state['step']}")
 
-    def save():
+    def save(entries):
+        """The state whole or not at all, then the log of the steps since the last save."""
         part = state_dir / "part.npz"
         np.savez(part, **{k: v for k, v in state.items() if k != "biases"}, **state["biases"])
         os.replace(part, saved)
+        with (state_dir / "log.jsonl").open("a") as log:
+            log.writelines(json.dumps(entry) + "\n" for entry in entries)
 
-    log = (state_dir / "log.jsonl").open("a")
-    steps, last_save = {}, time.monotonic()
+    step, entries, last_save = make_step(unravel, decayed), [], time.monotonic()
     first = int(state["step"])
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
     for i in bar:
-        late, frozen = i >= LATE_FROM * args.steps, i >= GAMMA_UNTIL * args.steps or args.no_bias_update
-        if (late, frozen) not in steps:
-            steps[late, frozen] = make_step(unravel, decayed, float(not frozen), LAMBDA_LATE if late else LAMBDA)
+        mtp_weight = LAMBDA_LATE if i >= LATE_FROM * args.steps else LAMBDA
+        gamma = 0.0 if args.no_bias_update or i >= GAMMA_UNTIL * args.steps else GAMMA
         start = np.random.default_rng([args.seed, i]).integers(0, stream.size - LENGTH, SEQUENCES)
         token_BX = stream[start[:, None] + np.arange(LENGTH + 1)]
         began = time.monotonic()
-        state, figures = steps[late, frozen](state, token_BX, learning_rate(i, args.steps))
+        state, figures = step(state, token_BX, learning_rate(i, args.steps), mtp_weight, gamma)
         figures = {k: np.asarray(v).tolist() for k, v in figures.items()}
         bar.set_postfix(loss=f"{figures['main']:.3f}", tok_s=f"{SEQUENCES * LENGTH / (time.monotonic() - began):.0f}")
         entry = {"step": i + 1} | figures
-        if (i + 1) % 250 == 0:
+        if (i + 1) % VALIDATE_EVERY == 0:
             w = unravel(state["theta"]) | state["biases"]
             entry["validation_bits_per_byte"] = validation_bits(w, tokenizer, held_out[:64])
             tqdm.write(f"step {i + 1}: {entry['validation_bits_per_byte']:.4f} bits a byte on 64 held-out stories")
-        log.write(json.dumps(entry) + "\n")
-        if time.monotonic() - last_save > 120 or i + 1 == args.steps:
-            log.flush()
-            save()
-            last_save = time.monotonic()
+        entries.append(entry)
+        if time.monotonic() - last_save > SAVE_EVERY or i + 1 == args.steps:
+            save(entries)
+            entries, last_save = [], time.monotonic()
 
     params = {name: x.astype(jnp.bfloat16).astype(jnp.float32) for name, x in unravel(state["theta"]).items()}
     bits = validation_bits(params | state["biases"], tokenizer, held_out)
