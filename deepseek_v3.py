@@ -18,13 +18,15 @@ checkpoint, configuration keys those of its config.json. The symbols in the marg
 
 Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test checks every one.
 
-    of the model (Config)                                            of the call
-    D  hidden_size            C  kv_lora_rank   (paper d_c)          B  sequences in the batch
-    H  num_attention_heads    L  C + R: one row of the cache         T  tokens of each in this call
-    N  qk_nope_head_dim       Q  q_lora_rank    (paper d_c')         S  positions looked at, cached ones included
-    R  qk_rope_head_dim       E  n_routed_experts                    J  key heads: H in MHA, 1 in MQA, between in GQA
-    P  R/2: rotated pairs     K  num_experts_per_tok                 X  size of a query or key; any feature size
-    V  v_head_dim             G  n_group        W  vocab_size        Y  size of a value      M  tokens, B x T
+    of the model (Config)                                         of the call
+    D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch
+    H  num_attention_heads  L  C + R, one row of the cache        T  tokens of each in this call
+    N  qk_nope_head_dim     Q  q_lora_rank      (paper: d_c')     S  positions looked at, the cached ones included
+    R  qk_rope_head_dim     E  n_routed_experts                   J  key heads: H in MHA, 1 in MQA, between in GQA
+    P  R / 2, rotated pairs K  num_experts_per_tok                Z  T H / J, the queries that share a key head
+    V  v_head_dim           G  n_group                            M  B T, all tokens
+    W  vocab_size                                                 U  choices of a token that one pass can settle, 1 or 2
+                                                                  X, Y  any other size, such as of a query, of a value
 """
 
 import argparse
@@ -36,8 +38,10 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -76,7 +80,7 @@ def top_k(score, k):
 
     The paper does not say how ties fall; unstable choices have made implementations disagree (vLLM #52679 and others).
     """
-    stable = {"stable": True} if xp.__name__.startswith("jax") else {"kind": "stable"}
+    stable = {"stable": True} if getattr(xp, "__name__", "").startswith("jax") else {"kind": "stable"}
     return xp.argsort(-score, axis=-1, **stable)[..., :k]
 
 
@@ -156,18 +160,24 @@ class Config:
     num_nextn_predict_layers: int = 1  # D, the MTP modules
 
     def __post_init__(self):
-        _check_numbers(self, may_be_zero=("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"))
+        _check_numbers(self)
         if self.rope_scaling:
-            _check_numbers(self.rope_scaling, may_be_zero=("mscale", "mscale_all_dim"))
+            _check_numbers(self.rope_scaling)
+        _require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
         _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-        if self.first_k_dense_replace < self.num_hidden_layers:
+        if not all(map(self.is_dense, range(self.num_hidden_layers + self.num_nextn_predict_layers))):
             E, G, kept = self.n_routed_experts, self.n_group, self.topk_group
+            _require(E and self.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
             _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
             _require(G == 1 or E // G >= 2, f"n_group {G} leaves one expert a group, whose score needs its best two")
             _require(kept <= G, f"topk_group {kept} must be at most n_group {G}")
             choice = kept * E // G
             _require(self.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, the number of "
                      "experts in topk_group groups")  # fmt: skip
+
+    def is_dense(self, layer):
+        """Whether a layer has one MLP instead of experts; the MTP modules, past the last layer, always have experts."""
+        return layer < min(self.first_k_dense_replace, self.num_hidden_layers)
 
     @classmethod
     def from_dict(cls, keys):
@@ -177,28 +187,30 @@ class Config:
         that this file does not implement is refused by name (InputError).
         """
         _require(isinstance(keys, dict), "must be a JSON object")
-        keys = dict(keys)
+        given = {key: value for key, value in keys.items() if value is not None}
         for key, allowed in IMPLEMENTED.items():
-            _require(keys.get(key) in (None, *allowed),
-                     f"{key} {keys.get(key)!r} is not implemented, only {' or '.join(map(repr, allowed))}")  # fmt: skip
-        heads, kv_heads = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
-        _require(kv_heads in (None, heads), "num_key_value_heads must equal num_attention_heads: "
-                 "MLA expands its latent to keys and values of every head")  # fmt: skip
-        quantization = keys.get("quantization_config") or {}
+            value = given.get(key, allowed[0])
+            _require(value in allowed, f"{key} {value!r} is not implemented, only {' or '.join(map(repr, allowed))}")
+        heads = given.get("num_attention_heads", cls.num_attention_heads)
+        _require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must equal "
+                 "num_attention_heads: MLA expands its latent to keys and values of every head")  # fmt: skip
+        quantization = given.get("quantization_config", {})
         _require(isinstance(quantization, dict), "quantization_config must be an object")
-        method = quantization.get("quant_method", "fp8"), quantization.get("fmt", "e4m3")
-        _require(method == ("fp8", "e4m3"), f"quantization_config {' '.join(map(str, method))} is not implemented, "
-                 "only fp8 e4m3")  # fmt: skip
-        _require(quantization.get("weight_block_size", [128, 128]) == [128, 128],
-                 "quantization_config.weight_block_size must be [128, 128]")  # fmt: skip
-        if keys.get("num_nextn_predict_layers") is None:
-            keys["num_nextn_predict_layers"] = keys.get("num_mtp_layers")
-        rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-        _require(isinstance(rope, dict), "rope_scaling must be an object or null")
-        keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
-        keys["rope_scaling"] = _yarn_from_dict(rope, keys)
-        known = {f.name: keys[f.name] for f in fields(cls) if keys.get(f.name) is not None}
-        return cls(**{"rope_scaling": None, "q_lora_rank": keys.get("q_lora_rank", 1536)} | known)
+        for key, value in {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}.items():
+            got = quantization.get(key, value)
+            _require(got == value, f"quantization_config.{key} {got!r} is not implemented, only {value!r}")
+        ropes = [_rope_from_dict(given[key], given) for key in ("rope_parameters", "rope_scaling") if given.get(key)]
+        _require(len(set(ropes)) < 2, "rope_parameters and rope_scaling contradict each other")
+        theta, yarn = ropes[0] if ropes else (given.get("rope_theta", cls.rope_theta), None)
+        depths = [given[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in given]
+        _require(not depths[1:] or depths[0] == depths[1], "num_nextn_predict_layers and num_mtp_layers differ")
+        null = {key: meaning for key, meaning in NULL_MEANS.items() if key in keys and keys[key] is None}
+        known = {f.name: given[f.name] for f in fields(cls) if f.name in given} | null
+        known |= {"rope_theta": theta, "rope_scaling": yarn}
+        known |= {"num_nextn_predict_layers": depths[0]} if depths else {}
+        if "n_routed_experts" in keys and keys["n_routed_experts"] is None:
+            known |= {"first_k_dense_replace": 2**30, "num_nextn_predict_layers": 0}
+        return cls(**known)
 
 
 IMPLEMENTED = {
@@ -208,6 +220,10 @@ IMPLEMENTED = {
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
 }
+NULL_MEANS = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}  # elsewhere: the default
+MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "n_routed_experts",
+               "moe_intermediate_size", "mscale", "mscale_all_dim")  # fmt: skip
+BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last of a row or column cropped
 
 
 def _require(condition, message):
@@ -215,22 +231,22 @@ def _require(condition, message):
         raise InputError(message)
 
 
-def _yarn_from_dict(rope, keys):
-    """The `rope_scaling` or `rope_parameters` object as a Yarn, or None for plain RoPE."""
+def _rope_from_dict(rope, given):
+    """A `rope_scaling` or `rope_parameters` object -> (rope_theta, Yarn, or None for plain RoPE)."""
+    _require(isinstance(rope, dict), "rope_scaling and rope_parameters must be objects or null")
+    rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require(kind in ("default", "yarn"), f"rope_scaling type {kind!r} is not implemented, only 'yarn' or 'default'")
     _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor must be 1")
+    theta = rope.get("rope_theta", given.get("rope_theta", Config.rope_theta))
     if kind == "default":
-        return None
-    known = {f.name: rope[f.name] for f in fields(Yarn) if rope.get(f.name) is not None}
-    original = known.get("original_max_position_embeddings")
-    _require(original is not None, "rope_scaling lacks original_max_position_embeddings")
-    if "factor" not in known:  # as transformers does
-        known["factor"] = keys.get("max_position_embeddings", Config.max_position_embeddings) / original
-    return Yarn(**known)
+        return theta, None
+    for key in ("factor", "original_max_position_embeddings"):
+        _require(key in rope, f"rope_scaling lacks {key}")
+    return theta, Yarn(**{f.name: rope[f.name] for f in fields(Yarn) if f.name in rope})
 
 
-def _check_numbers(settings, may_be_zero):
+def _check_numbers(settings):
     """Every field has its annotated type (a bool is no number) and is positive, or zero where that means something."""
     for f in fields(settings):
         value, name, kind = getattr(settings, f.name), f.name, (get_args(f.type) or (f.type,))[0]
@@ -240,19 +256,20 @@ def _check_numbers(settings, may_be_zero):
             _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
         elif kind in (int, float):
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            least, what = "0 or more" if name in may_be_zero else "above 0", "integer" if kind is int else "number"
-            fits = number and (0 < value < 2**40 or (value == 0 and name in may_be_zero))
+            least, what = "0 or more" if name in MAY_BE_ZERO else "above 0", "integer" if kind is int else "number"
+            fits = number and (0 < value < 2**40 or (value == 0 and name in MAY_BE_ZERO))
             _require(fits, f"{name} must be {'an' if kind is int else 'a'} {what} {least}, not {value!r}")
 
 
 def read_config(path):
-    """The Config of a config.json (or of a directory that holds one)."""
+    """The Config of a config.json, or of a directory that holds one."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
+    keys = read_json(path)
     try:
-        return Config.from_dict(read_json(path))
+        return Config.from_dict(keys)
     except InputError as e:
-        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from None
+        raise InputError(f"{path}: {e}") from None
 
 
 # ---- 3. Primitives -------------------------------------------------------------------------------------------------
@@ -276,9 +293,10 @@ def rms_norm(x, weight, eps):
 
 
 def sigmoid(x):
-    """1 / (1 + e^-x); the exponent is held where e^-x is finite, so that no input overflows."""
-    limit = math.floor(math.log(float(np.finfo(x.dtype).max)))
-    return 1 / (1 + xp.exp(-xp.maximum(x, -limit)))
+    """1 / (1 + e^-x), wide, returned in x's dtype; the exponent is held where e^-x is finite, so nothing overflows."""
+    x_wide = wide(x)
+    limit = math.floor(math.log(float(np.finfo(x_wide.dtype).max)))
+    return (1 / (1 + xp.exp(-xp.maximum(x_wide, -limit)))).astype(x.dtype, copy=False)
 
 
 def swiglu(x, w, name):
@@ -387,7 +405,8 @@ class Cache:
 
     c_KV is the latent after its norm, k_R the key after its rotation. A row's index is its position, and a query sees
     no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
-    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right.
+    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right, those of
+    the MTP module too if all calls speculated.
     """
 
     def __init__(self, batch, capacity=0):
@@ -518,7 +537,7 @@ def mla(x_BTD, w, layer, cfg, where, cache):
 
 
 def route(x_BTD, w, name, cfg):
-    """Which experts, and with what gates -> index_BTK (lowest first among ties), gate_BTK in float32 or better.
+    """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
     Eq. (15) affinities; eq. (16) selection by affinity plus bias, among the experts of the topk_group groups whose two
     best biased affinities sum highest; eqs. (13), (14) gates from the affinities alone, normalised, then scaled by
@@ -613,7 +632,7 @@ def block(x_BTD, w, layer, cfg, where, cache):
     x_BTD = x_BTD + mla(record(f"{name}.input_layernorm", normed_BTD), w, layer, cfg, where, cache)
     normed_BTD = rms_norm(x_BTD, w[f"{name}.post_attention_layernorm.weight"], cfg.rms_norm_eps)
     record(f"{name}.post_attention_layernorm", normed_BTD)
-    if layer < cfg.first_k_dense_replace:
+    if cfg.is_dense(layer):
         y_BTD = swiglu(normed_BTD, w, f"{name}.mlp")
     else:
         y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, dense=cache is None)
@@ -625,8 +644,8 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
 
     w: mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
     definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds
-    before position start_B[b], and enter it. Rows of unequal length are padded on the right, with any token: nothing
-    before the padding sees it, and the next call writes over it.
+    before position start_B[b], and enter it. Rows of unequal length are padded on the right, with any valid token:
+    nothing before the padding sees it, and the next call writes over it.
     """
     B, T = token_BT.shape
     embedding_WD = w["model.embed_tokens.weight"]
@@ -695,6 +714,7 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
     """
     token_BX = to_device(token_BX)
     T, D = token_BX.shape[1] - 1, mtp_depth(w, cfg)
+    _require(T > D, f"the objective needs more than {D + 1} tokens a sequence, {D} being the depth of MTP")
     with recording() as named:
         h_BTD = forward(token_BX[:, :T], w, cfg)
         main = xp.mean(cross_entropy(head(h_BTD, w, cfg), token_BX[:, 1:]))
@@ -742,7 +762,7 @@ def tensor_shapes(cfg):
         if cfg.attention_bias:
             biases = {"kv_a_proj_with_mqa": C + R, "o_proj": D} | ({} if Q is None else {"q_a_proj": Q})
             shapes |= {f"{name}.self_attn.{part}.bias": (size,) for part, size in biases.items()}
-        if layer < cfg.first_k_dense_replace:
+        if cfg.is_dense(layer):
             mlp(f"{name}.mlp", cfg.intermediate_size)
             continue
         shapes[f"{name}.mlp.gate.weight"], shapes[f"{name}.mlp.gate.e_score_correction_bias"] = (E, D), (E,)
@@ -773,33 +793,34 @@ def read_safetensors(path):
     """A file's tensors, name -> (dtype, array over the mapped bytes); BF16 as uint16 and F8_E4M3 as uint8.
 
     The format: 8 bytes, the header's length n as little-endian; n bytes of JSON, {name: {dtype, shape, data_offsets}};
-    the raw tensors, row by row. Tensors of dtypes that no model weight has are left out.
+    the raw tensors, row by row. A tensor of a dtype that no weight has is left as its bytes.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            _require(8 <= size and length <= size - 8, f"{path}: truncated: its header does not fit in {size} bytes")
-            header = json.loads(file.read(length))
-            mapped = np.memmap(file, np.uint8, "r") if size else None
+            _require(size >= 8 and length <= size - 8, f"{path}: truncated: its header does not fit in {size} bytes")
+            header = json.loads(file.read(length).decode("utf-8"))
+            mapped = np.memmap(file, np.uint8, "r")
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise InputError(f"{path}: the header is not JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise e if isinstance(e, InputError) else InputError(f"{path}: the header is not JSON: {e}") from None
     _require(isinstance(header, dict), f"{path}: the header must be a JSON object")
     header.pop("__metadata__", None)
     data, tensors = mapped[8 + length :], {}
     for name, entry in header.items():
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= data.size
+            dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            sound = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end <= data.size
         except (KeyError, TypeError, ValueError):
             sound = False
-        _require(sound, f"{path}: the header's entry for {name!r} is malformed or points outside the file")
+        _require(sound and len(shape) < 9, f"{path}: the header's entry for {name!r} is malformed or outside the file")
+        tensors[name] = dtype, np.asarray(data[begin:end])
         if dtype in STORED:
             needed = math.prod(shape) * np.dtype(STORED[dtype]).itemsize
             _require(end - begin == needed, f"{path}: {name!r} has {end - begin} bytes, its shape needs {needed}")
-            tensors[name] = dtype, np.asarray(data[begin:end]).view(STORED[dtype]).reshape(shape)
+            tensors[name] = dtype, tensors[name][1].view(STORED[dtype]).reshape(shape)
     return tensors
 
 
@@ -810,9 +831,6 @@ def e4m3_values():
     value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
     value[code & 127 == 127] = np.nan
     return np.where(code < 128, value, -value).astype(np.float32)
-
-
-BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last ones of a row or column cropped
 
 
 def dequantize(code, scale):
@@ -826,11 +844,11 @@ def dequantize(code, scale):
 
 
 def decode(dtype, stored, scale=None):
-    """A stored tensor as an array of `xp` in a dtype that computes: F8 and BF16 exactly as float32, others as they
-    are. What travels to the device is the stored form."""
+    """A stored tensor as an array of `xp` in a dtype that computes: F8 (with its decoded scale) and BF16 exactly as
+    float32, others as they are. What travels to the device is the stored form."""
     stored = to_device(stored)
     if dtype == "F8_E4M3":
-        return dequantize(stored, to_device(scale))
+        return dequantize(stored, scale)
     return (stored.astype(xp.uint32) << 16).view(xp.float32) if dtype == "BF16" else stored
 
 
@@ -850,25 +868,30 @@ class Checkpoint(Mapping):
         if missing := [name for name in self._shapes if name not in stored]:
             raise InputError(f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; "
                              "is the download complete, and does config.json belong to it?")  # fmt: skip
+        scales = set()
         for name, shape in self._shapes.items():
             dtype, array = stored[name]
+            _require(dtype in STORED, f"{directory}: {name} has dtype {dtype}, not one of {', '.join(STORED)}")
             _require(array.shape == shape, f"{directory}: {name} has shape {list(array.shape)}, "
                      f"config.json says {list(shape)}")  # fmt: skip
             if dtype == "F8_E4M3":
-                grid = tuple(-(-n // BLOCK) for n in array.shape)
+                scales.add(f"{name}_scale_inv")
+                grid = tuple(-(-n // BLOCK) for n in shape)
                 scale_dtype, scale = stored.get(f"{name}_scale_inv", (None, None))
                 _require(scale is not None, f"{directory}: {name} is FP8 but {name}_scale_inv is missing")
-                _require(scale.shape == grid and scale_dtype == "F32",
-                         f"{directory}: {name}_scale_inv must be F32 of shape {list(grid)}")  # fmt: skip
-        used = {*self._shapes, *(f"{name}_scale_inv" for name in self._shapes)}
+                _require(scale.shape == grid and scale_dtype in ("F32", "BF16"),
+                         f"{directory}: {name}_scale_inv must be F32 or BF16 of shape {list(grid)}")  # fmt: skip
         shared = ("embed_tokens.weight", "shared_head.head.weight", "rotary_emb.inv_freq")  # stored again, or derived
-        self.unused = sorted(name for name in stored if name not in used and not name.endswith(shared))
+        unused = set(stored) - set(self._shapes) - scales
+        self.unused = sorted(name for name in unused if not name.endswith(shared))
 
     def __getitem__(self, name):
         if name not in self._decoded:
             dtype, stored = self.stored[name]
-            scale = self.stored[f"{name}_scale_inv"][1] if dtype == "F8_E4M3" else None
-            self._decoded[name] = decode(dtype, stored, scale).astype(self.dtype, copy=False)
+            scale = decode(*self.stored[f"{name}_scale_inv"]) if dtype == "F8_E4M3" else None
+            routing = ".mlp.gate." in name  # in float32 or better
+            wanted = np.promote_types(self.dtype, np.float32) if routing else self.dtype
+            self._decoded[name] = decode(dtype, stored, scale).astype(wanted, copy=False)
         return self._decoded[name]
 
     def __contains__(self, name):
@@ -957,8 +980,8 @@ def _peak_memory():
 
 
 def distribution(logits_W, sampling):
-    """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then top-k, then top-p (the
-    fewest likeliest tokens that reach it). Among equals the lowest id comes first."""
+    """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then top-k, then top-p (of
+    what top-k left, the fewest likeliest tokens that reach it). Among equals the lowest id comes first."""
     logits_W = logits_W.astype(np.float64)
     _require(np.isfinite(logits_W).all(), "the model's logits are not finite: the weights or the dtype overflow")
     if sampling.temperature == 0:
@@ -968,9 +991,9 @@ def distribution(logits_W, sampling):
     p_W /= p_W.sum()
     if sampling.top_k or sampling.top_p < 1:
         order_W = np.argsort(-p_W, kind="stable")
-        keep = sampling.top_k or p_W.size
-        keep = min(keep, int(np.searchsorted(np.cumsum(p_W[order_W]), sampling.top_p)) + 1)
-        p_W[order_W[keep:]] = 0
+        p_W[order_W[sampling.top_k or p_W.size :]] = 0
+        reached_W = np.cumsum(p_W[order_W]) / p_W.sum()
+        p_W[order_W[np.searchsorted(reached_W, sampling.top_p) + 1 :]] = 0
         p_W /= p_W.sum()
     return p_W
 
@@ -992,15 +1015,17 @@ def verify(p_W, q_W, draft, rng):
 
 
 def pad(rows):
-    """Lists of token ids to one array (B, T), on the right with 0; how many there are never matters (see `Cache`)."""
+    """Lists of token ids to one array (B, T), each repeating its last token on the right (see `Cache` for why that
+    never matters)."""
     token_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for b, row in enumerate(rows):
-        token_BT[b, : len(row)] = row
+        token_BT[b] = [*row, *(row or [0])[-1:] * (token_BT.shape[1] - len(row))]
     return token_BT
 
 
 def check_prompts(prompts, cfg, max_tokens):
     """Raise InputError for prompts that cannot be continued by max_tokens."""
+    _require(len(prompts) and max_tokens >= 0, "generation needs a prompt, and 0 or more tokens to make")
     for n, prompt in enumerate(prompts):
         _require(len(prompt), f"prompt {n} is empty: it needs at least one token")
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
@@ -1034,8 +1059,9 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
 
     prompts: lists of token ids, of any lengths; rows do not influence each other, and row b draws from its own random
     stream (seed, b). speculate: draft with the first MTP module, if there is one; this changes the speed, not the
-    distribution, and not one token of greedy output. cache: of an earlier call; what its tokens and the prompts have in
-    common is not computed again. Raises InputError before any work.
+    distribution, and not one token of greedy output (unless two logits are equal but for rounding). cache: of an
+    earlier call with as many prompts; what its tokens and the prompts have in common is not computed again. Raises
+    InputError before any work.
 
     Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If it would itself have
     said the draft, both this and the token after it are known; if not, only the first, and the draft's cache entry is
@@ -1136,6 +1162,8 @@ def compare(ours, theirs):
     _require(common, f"no array of the file has a name of the trace, such as {next(iter(ours))}")
     for name in common:
         a, b = ours[name], np.asarray(theirs[name])
+        if b.dtype == "V2":  # how NumPy stores a bfloat16 that it does not know
+            b = (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         if a.shape != b.shape:
             return False, f"departs at {name}: shape {list(b.shape)} instead of {list(a.shape)}"
         if name.endswith(".gate.indices"):
@@ -1147,8 +1175,9 @@ def compare(ours, theirs):
             a = np.take_along_axis(a, np.argsort(ours[index]), -1)
             b = np.take_along_axis(b, np.argsort(theirs[index]), -1)
         rms = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) if a.size else 0.0
-        error = float(np.max(np.abs(a - b.astype(np.float64)), initial=0.0))
-        tolerance = TOLERANCE.get(min(a.itemsize, b.itemsize), TOLERANCE[2])
+        with np.errstate(invalid="ignore"):  # inf - inf: departs
+            error = float(np.max(np.abs(a - b.astype(np.float64)), initial=0.0))
+        tolerance = TOLERANCE.get(min(a.itemsize, np.asarray(theirs[name]).itemsize), TOLERANCE[2])
         if not error <= tolerance * rms:
             return False, f"departs at {name}: by up to {error:.3g}, where its rms is {rms:.3g}"
         worst = max(worst, error / rms if rms else 0.0)
@@ -1197,11 +1226,15 @@ def _first_line(error):
 
 
 def inspect(cfg, checkpoint=None):
-    """A table of parameters and cache: the numbers of section 4.2 and of the DeepSeek-V2 report's Table 1."""
+    """A table of parameters and cache: the numbers of section 4.2 and of the DeepSeek-V2 report's Table 1. Of a
+    checkpoint, only the MTP modules that it has."""
+    if checkpoint:
+        cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(checkpoint, cfg))
     main = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
     total = sum(map(math.prod, main.values()))
     module = sum(map(math.prod, tensor_shapes(cfg).values())) - total
-    idle = max(0, cfg.num_hidden_layers - cfg.first_k_dense_replace) * (cfg.n_routed_experts - cfg.num_experts_per_tok)
+    sparse = sum(not cfg.is_dense(layer) for layer in range(cfg.num_hidden_layers))
+    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok)
     activated = total - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
     latent, H = cfg.kv_lora_rank + cfg.qk_rope_head_dim, cfg.num_attention_heads
     pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim  # one head's key and value
@@ -1238,11 +1271,13 @@ class Text:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception for a malformed file
             raise InputError(f"{path}: {e}") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
         settings = Path(directory) / "tokenizer_config.json"
         self.settings = read_json(settings) if settings.exists() else {}
         template = Path(directory) / "chat_template.jinja"
-        self.chat_template = template.read_text("utf-8") if template.exists() else self.settings.get("chat_template")
+        self.chat_template = template.read_bytes() if template.exists() else self.settings.get("chat_template")
         self.special = {
             key: value["content"] if isinstance(value, dict) else value
             for key in ("bos_token", "eos_token")
@@ -1261,18 +1296,18 @@ class Text:
 
     def render(self, messages):
         """A conversation in the checkpoint's chat template; that is untrusted input, so it runs in Jinja's sandbox."""
-        _require(isinstance(self.chat_template, str), "this checkpoint has no chat template; --prompt continues text")
+        _require(self.chat_template, "this checkpoint has no chat template; --prompt continues text")
         try:
-            from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise InputError("--chat needs the jinja2 package: pip install jinja2") from None
         try:
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            template = environment.from_string(self.chat_template)
+            source = self.chat_template.decode() if isinstance(self.chat_template, bytes) else self.chat_template
+            template = environment.from_string(source)
             return template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except TemplateError as e:
-            raise InputError(f"the checkpoint's chat template fails: {e}") from None
+        except Exception as e:  # a template is a stranger's program: it may fail in any way
+            raise InputError(f"the checkpoint's chat template fails: {_first_line(e)}") from None
 
 
 def end_tokens(directory):
@@ -1289,14 +1324,26 @@ def end_tokens(directory):
 
 def write_npz(path, arrays):
     """Write beside the path, then rename: what stands at the path is whole, or as it was."""
-    part = Path(f"{path}.part")
+    path = os.path.realpath(path)
     try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as part:
+            try:
+                np.savez(part, **arrays)
+                part.flush()
+                os.chmod(part.name, 0o644)
+                os.replace(part.name, path)
+            except BaseException:
+                os.unlink(part.name)
+                raise
     except OSError as e:
-        part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+
+
+def check_writable(path):
+    """Refuse a path that `write_npz` could not write, before the work and not after it."""
+    folder = os.path.dirname(os.path.realpath(path))
+    _require(os.path.isdir(folder) and os.access(folder, os.W_OK), f"{path}: {folder} is no directory to write in")
+    _require(not os.path.exists(path) or os.path.isfile(path), f"{path}: is there already and is no file")
 
 
 def read_npz(path):
@@ -1305,7 +1352,7 @@ def read_npz(path):
             return dict(file)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror or e}") from None
-    except (ValueError, zipfile.BadZipFile, EOFError):
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path}: not an .npz file of plain arrays") from None
 
 
@@ -1337,7 +1384,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     _require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
     _require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
-    _require(not (args.chat and (args.tokens or args.trace or args.compare)), "--chat takes --prompt and stdin only")
+    alone = args.tokens or args.trace is not None or args.compare is not None
+    _require(not (args.chat and alone), "--chat takes no --tokens, --trace or --compare")
     return args
 
 
@@ -1345,10 +1393,8 @@ def read_prompt(text):
     """A --prompt: itself, or for "-" what stdin holds, less one final newline."""
     if text != "-":
         return text
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as e:
-        raise InputError(f"stdin is not UTF-8: {e.reason} at byte {e.start}") from None
+    _require(sys.stdin, "stdin is closed: there is no prompt to read")
+    return sys.stdin.read().removesuffix("\n")
 
 
 def read_ids(text):
@@ -1377,6 +1423,7 @@ class Session:
     def make(self, prompts, cache=None):
         """Generate, printing the first sequence as it grows and the others after it, then the line of statistics, even
         when interrupted. -> the tokens of each."""
+        check_prompts(prompts, self.cfg, self.max_tokens)
         stats, made, show = Stats(), [[] for _ in prompts], self.printer(len(prompts))
         try:
             for b, token in generate(prompts, self.w, self.cfg, self.max_tokens, self.sampling, self.stop,
@@ -1402,7 +1449,8 @@ class Session:
         """Each of the given turns, then each line of stdin, is answered; the cache goes from turn to turn."""
         messages, cache = [], Cache(1)
         self.text.render([{"role": "user", "content": ""}])  # refuses a checkpoint that cannot chat, first of all
-        for turn in itertools.chain(turns, iter(lambda: say("> ", end="") or sys.stdin.readline(), "")):
+        lines = iter(lambda: say("> ", end="") or sys.stdin.readline(), "") if sys.stdin else ()
+        for turn in itertools.chain(map(read_prompt, turns), lines):
             messages.append({"role": "user", "content": turn.strip()})
             made = self.make([self.text.encode(self.text.render(messages), special=False)], cache)
             answer = self.text.tokenizer.decode([token for token in made[0] if token not in self.stop])
@@ -1418,6 +1466,8 @@ def run(args):
         print(inspect(cfg, Checkpoint(args.weights, cfg) if there else None))
         return 0
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.trace is not None:
+        check_writable(args.trace)
     _require(args.weights.is_dir(), f"{args.weights}: no such directory; it must hold config.json and the weights")
     xp, _ = choose_device(args.device)
     cfg = read_config(args.weights)
@@ -1433,12 +1483,12 @@ def run(args):
     prompts = [read_ids(ids) for ids in args.tokens] or [text.encode(read_prompt(t)) for t in texts]
     check_prompts(prompts, cfg, args.max_tokens)
     agree = True
-    if args.trace or args.compare:
-        theirs = read_npz(args.compare) if args.compare else None
+    if args.trace is not None or args.compare is not None:
+        theirs = read_npz(args.compare) if args.compare is not None else None
         ours = trace(prompts, w, cfg)
-        if args.trace:
+        if args.trace is not None:
             write_npz(args.trace, ours)
-        if args.compare:
+        if theirs is not None:
             agree, verdict = compare(ours, theirs)
             say(f"{args.compare}: {verdict}")
     session.make(prompts)
@@ -1448,18 +1498,25 @@ def run(args):
 def main(argv=None):
     """The command line. Exit codes: 0 done, 1 a compared trace departs, 2 refused in one line, 130 interrupted."""
     try:
-        for stream in (sys.stdout, sys.stderr):
+        for stream, settings in (
+            (sys.stdin, {"encoding": "utf-8", "errors": "surrogateescape"}),  # what is not UTF-8 is refused later
+            (sys.stdout, {"errors": "replace"}),  # a terminal that cannot show a character shows "?"
+            (sys.stderr, {"errors": "replace"}),
+        ):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+                stream.reconfigure(**settings)
         return run(parse_arguments(argv))
     except InputError as e:
         say(f"deepseek_v3.py: {e}")
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of stdout has gone, as in `| head -1`: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as e:  # stdout: its reader has gone, as in `| head -1`, or its disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is flushed there at the exit
+        if isinstance(e, BrokenPipeError):
+            return 0
+        say(f"deepseek_v3.py: {e}")
+        return 2
 
 
 if __name__ == "__main__":

@@ -177,8 +177,19 @@ def test_both_spellings_of_the_configuration_are_one():
     assert (plain.rope_scaling, plain.rope_theta) == (None, 5e4)
     assert dsv3.Config.from_dict(without(RELEASE, "rope_scaling")).rope_scaling is None
     assert dsv3.Config.from_dict(RELEASE | {"q_lora_rank": None}).q_lora_rank is None
-    factorless = dsv3.Config.from_dict(RELEASE | {"rope_scaling": without(RELEASE["rope_scaling"], "factor")})
-    assert factorless.rope_scaling.factor == 40
+    null = {"rope_type": None, "partial_rotary_factor": None, "rope_theta": None}
+    assert dsv3.Config.from_dict(RELEASE | {"rope_scaling": RELEASE["rope_scaling"] | null}) == dsv3.Config()
+    assert dsv3.Config.from_dict(without(RELEASE, "num_attention_heads")) == dsv3.Config()
+
+
+def test_null_means_without():
+    cfg = dsv3.Config.from_dict(RELEASE | dict.fromkeys(("n_shared_experts", "n_group", "topk_group")))
+    assert (cfg.n_shared_experts, cfg.n_group, cfg.topk_group) == (0, 1, 1)
+    dense = dsv3.Config.from_dict(RELEASE | {"n_routed_experts": None})
+    assert dense.is_dense(60) and dense.num_nextn_predict_layers == 0
+    assert dsv3.Config().is_dense(2) and not dsv3.Config().is_dense(3)
+    all_dense = replace(dsv3.Config(), first_k_dense_replace=99)
+    assert all_dense.is_dense(60) and not all_dense.is_dense(61)  # the MTP module has experts all the same
 
 
 @pytest.mark.parametrize("change, said", [
@@ -191,10 +202,16 @@ def test_both_spellings_of_the_configuration_are_one():
     ({"num_key_value_heads": 8}, "num_key_value_heads"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
+    ({"rope_scaling": without(RELEASE["rope_scaling"], "factor")}, "factor"),
+    ({"rope_scaling": RELEASE["rope_scaling"] | {"original_max_position_embeddings": 0}}, "original_max_position"),
+    ({"rope_parameters": {"rope_type": "default"}}, "contradict"),
+    ({"rope_theta": 1}, "rope_theta"),
+    ({"num_mtp_layers": 3}, "num_mtp_layers"),
+    ({"n_routed_experts": 0}, "n_routed_experts"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_scaling": RELEASE["rope_scaling"] | {"factor": "40"}}, "factor"),
     ({"rope_scaling": RELEASE["rope_scaling"] | {"truncate": 1}}, "truncate"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"quantization_config": {"quant_method": "awq"}}, "awq"),
     ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size"),
     ({"quantization_config": []}, None),
@@ -336,6 +353,8 @@ def test_phases_are_exact_at_the_last_position():
     where = dsv3.place([163839], 1, dsv3.Config(), np.float64)
     exact = [math.cos(163839 * f) for f in dsv3.rope_frequencies(dsv3.Config())]
     assert_close(where.cos_BTP[0, 0], exact, 1e-12)
+    rounded = np.float32(163839) * dsv3.rope_frequencies(dsv3.Config()).astype(np.float32)
+    assert 1e-3 < np.abs(rounded - 163839 * dsv3.rope_frequencies(dsv3.Config())).max() < 1e-2
 
 
 # ---- 4. Attention --------------------------------------------------------------------------------------------------
@@ -809,7 +828,7 @@ def test_the_dtype_of_the_weights_is_the_dtype_of_the_computation(dtype):
             assert x.dtype == (wide if ".gate." in name else dtype), name
 
 
-CALL = "BTSJXYZMU"  # letters that a call sizes; each has one size within a function
+CALL = "BTSJZMUXY"  # letters that a call sizes; each has one size within a function
 
 
 def shapes_that_lie(run, cfg):
@@ -856,7 +875,8 @@ def test_no_name_lies_about_its_shape():
 
     lies, seen = shapes_that_lie(run, cfg)
     assert not lies, "\n".join(lies[:5])
-    assert len(seen) > 40 and set("".join(seen)) == set("DHNRPVCQLEKGW" + CALL)
+    key = re.findall(r"(?<= )([A-Z])(?:, ([A-Z]))?  \w", dsv3.__doc__.partition("of the call")[2])
+    assert len(seen) > 40 and set("".join(seen)) == set("".join(map("".join, key)))  # the header explains each
 
 
 def test_the_shape_check_sees_a_lie(monkeypatch):
@@ -985,10 +1005,21 @@ def test_the_fp8_release_layout_with_ragged_blocks_and_scales_in_other_shards(tm
     assert_close(dsv3.forward(np.array([[1, 2]]), read, cfg), dsv3.forward(np.array([[1, 2]]), dict(read), cfg))
 
 
+def test_integers_beside_the_weights_are_ignored_and_half_precision_routes_in_float32(tmp_path):
+    w = make_weights(SMALL, dtype=np.float32)
+    directory = write_checkpoint(tmp_path / "w", SMALL, w | {"x.ids": np.arange(3)}, shards=2)
+    read = dsv3.Checkpoint(directory, SMALL, np.float16)
+    assert read.unused == ["x.ids"] and read["lm_head.weight"].dtype == np.float16
+    for part in ("weight", "e_score_correction_bias"):
+        name = f"model.layers.1.mlp.gate.{part}"
+        assert read[name].dtype == np.float32 and np.array_equal(read[name], w[name])
+
+
 def test_mtp_modules_that_the_files_lack_are_left_out(tmp_path):
     w = make_weights(replace(SMALL, num_nextn_predict_layers=0))
     read = dsv3.Checkpoint(write_checkpoint(tmp_path / "w", SMALL, w), SMALL)
     assert set(read) == set(w) and dsv3.mtp_depth(read, SMALL) == 0
+    assert re.search(r"MTP modules +0 ", dsv3.inspect(SMALL, read))
 
 
 def damaged(directory, how):
@@ -1003,6 +1034,12 @@ def damaged(directory, how):
 
     if how == "empty":
         file.write_bytes(b"")
+    elif how == "huge":
+        header["model.norm.weight"]["shape"] = [0, 2**70]
+        rewrite(header)
+    elif how == "digits":
+        raw = b'{"a": ' + b"9" * 5000 + b"}"
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw)
     elif how == "short":
         file.write_bytes(data[: n // 2])
     elif how == "truncated":
@@ -1048,7 +1085,7 @@ def damaged(directory, how):
 @pytest.mark.parametrize("how, said", [
     ("empty", "truncated"), ("short", "truncated"), ("truncated", "outside the file"), ("length", "truncated"),
     ("binary", "not JSON"), ("array", "JSON object"), ("offsets", "model.norm.weight"), ("size", "model.norm.weight"),
-    ("entry", "model.norm.weight"), ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
+    ("huge", "model.norm.weight"), ("digits", "not JSON"), ("entry", "model.norm.weight"), ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
     ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
     ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks a"),
 ])  # fmt: skip
@@ -1065,7 +1102,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, how, said
 def test_an_fp8_weight_without_its_scales_is_refused(tmp_path):
     stored = quantized(make_weights(SMALL))
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
-    for broken, said in (({}, "missing"), ({name: np.ones((2, 1), np.float32)}, "shape")):
+    for broken, said in (({}, "missing"), ({name: np.ones((2, 1), np.float32)}, "shape"),
+                         ({name: np.ones((1, 1), np.float64)}, "F32 or BF16")):  # fmt: skip
         directory = write_checkpoint(tmp_path / "w", SMALL, without(stored, name) | broken)
         with pytest.raises(dsv3.InputError, match=said):
             dsv3.Checkpoint(directory, SMALL)
@@ -1184,6 +1222,7 @@ def test_the_distribution_is_temperature_then_top_k_then_top_p(logits, temperatu
     full = np.exp((np.array(logits) - max(logits)) / temperature)
     full /= full.sum()
     ranked = sorted(range(len(logits)), key=lambda i: (-full[i], i))[: k or None]
+    full /= full[ranked].sum()
     kept, mass = [], 0.0
     for i in ranked:
         kept.append(i)
@@ -1241,6 +1280,8 @@ def test_no_new_tokens_is_only_a_forward_pass():
 def test_a_prompt_that_cannot_be_continued_is_refused_before_any_work(prompts, n, said):
     with pytest.raises(dsv3.InputError, match=re.escape(said)):
         generated(prompts, {}, SMALL, n)
+    with pytest.raises(dsv3.InputError, match="0 or more"):
+        generated([[1]], {}, SMALL, -1)
 
 
 @pytest.mark.parametrize("bad", [
@@ -1320,6 +1361,10 @@ def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
         assert f"departs at {broken}:" in capsys.readouterr().err
     np.savez(trace, **arrays | {"model.norm": arrays["model.norm"][:2]})
     assert dsv3.main([*flags, "--compare", str(trace)]) == 1
+    np.savez(trace, **arrays | {"model.norm": arrays["model.norm"] * np.nan})
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 1
+    np.savez(trace, **{"lm_head": arrays["lm_head"].astype(ml_dtypes.bfloat16)})
+    assert dsv3.main([*flags, "--compare", str(trace)]) == 0
     np.savez(trace, other=1)
     assert dsv3.main([*flags, "--compare", str(trace)]) == 2
     trace.write_bytes(b"nothing")
@@ -1460,7 +1505,7 @@ def test_prompts_from_stdin_and_in_batches():
     code, default, _ = cli("-n", 12, "--no-mtp")
     assert (code, default) == (0, alone)
     code, out, err = cli("-p", "-", input=b"\xff\xfe")
-    assert (code, out) == (2, "") and "stdin is not UTF-8" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and "UTF-8" in err and err.count("\n") == 1
     code, out, err = cli("-p", b"\xff".decode("utf-8", "surrogateescape"))
     assert (code, out) == (2, "") and "Unicode" in err and err.count("\n") == 1
 
@@ -1523,10 +1568,34 @@ def test_a_template_that_is_missing_broken_or_hostile_is_refused(tmp_path, capsy
     assert said in capsys.readouterr().err
 
 
-def test_an_unwritable_trace_leaves_nothing_behind(tmp_path):
+def test_an_unwritable_trace_is_refused_before_the_work_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     (tmp_path / "t.npz").mkdir()
-    assert dsv3.main(["--trace", str(tmp_path / "t.npz"), "-n", "0"]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+    for path in (tmp_path / "t.npz", tmp_path / "none" / "t.npz", WEIGHTS / "config.json" / "t.npz", os.devnull, ""):
+        assert dsv3.main(["--trace", str(path), "-n", "0"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "kept.npz").write_text("as it was")
+
+    def full_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    assert dsv3.main(["--trace", str(tmp_path / "kept.npz"), "-n", "0"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.npz", "t.npz"]
+    assert (tmp_path / "kept.npz").read_text() == "as it was"
+
+
+def test_closed_or_full_standard_streams_make_no_traceback():
+    for command, said in (
+        ("-p - <&-", "stdin is closed"),
+        ("-n 3 > /dev/full", "No space left"),
+        ("--inspect >&-", ""),
+    ):
+        command = f"{sys.executable} deepseek_v3.py {command}"
+        done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, timeout=60)
+        assert said in done.stderr.decode() and b"Traceback" not in done.stderr
+        assert done.returncode == (2 if said else 0)
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
