@@ -54,6 +54,11 @@ class InputError(ValueError):
     """What was given (a checkpoint, a request) cannot be used. The message is one line: what, where, what to do."""
 
 
+def _require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
 # ---- 1. Arrays -----------------------------------------------------------------------------------------------------
 # Everything below is written against one array namespace, chosen once: NumPy, or CuPy on a GPU.
 
@@ -160,116 +165,11 @@ class Config:
     num_nextn_predict_layers: int = 1  # D, the MTP modules
 
     def __post_init__(self):
-        _check_numbers(self)
-        if self.rope_scaling:
-            _check_numbers(self.rope_scaling)
-        _require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
-        _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-        if not all(map(self.is_dense, range(self.num_hidden_layers + self.num_nextn_predict_layers))):
-            E, G, kept = self.n_routed_experts, self.n_group, self.topk_group
-            _require(E and self.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
-            _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
-            _require(G == 1 or E // G >= 2, f"n_group {G} leaves one expert a group, whose score needs its best two")
-            _require(kept <= G, f"topk_group {kept} must be at most n_group {G}")
-            choice = kept * E // G
-            _require(self.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, the number of "
-                     "experts in topk_group groups")  # fmt: skip
+        check_config(self)
 
     def is_dense(self, layer):
         """Whether a layer has one MLP instead of experts; the MTP modules, past the last layer, always have experts."""
         return layer < min(self.first_k_dense_replace, self.num_hidden_layers)
-
-    @classmethod
-    def from_dict(cls, keys):
-        """The model that a config.json describes, in the release's spelling or in that of transformers 5.
-
-        keys: the parsed JSON object. Keys that do not change the result are ignored; a value that would change it and
-        that this file does not implement is refused by name (InputError).
-        """
-        _require(isinstance(keys, dict), "must be a JSON object")
-        given = {key: value for key, value in keys.items() if value is not None}
-        for key, allowed in IMPLEMENTED.items():
-            value = given.get(key, allowed[0])
-            _require(value in allowed, f"{key} {value!r} is not implemented, only {' or '.join(map(repr, allowed))}")
-        heads = given.get("num_attention_heads", cls.num_attention_heads)
-        _require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must equal "
-                 "num_attention_heads: MLA expands its latent to keys and values of every head")  # fmt: skip
-        quantization = given.get("quantization_config", {})
-        _require(isinstance(quantization, dict), "quantization_config must be an object")
-        for key, value in {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}.items():
-            got = quantization.get(key, value)
-            _require(got == value, f"quantization_config.{key} {got!r} is not implemented, only {value!r}")
-        ropes = [_rope_from_dict(given[key], given) for key in ("rope_parameters", "rope_scaling") if given.get(key)]
-        _require(len(set(ropes)) < 2, "rope_parameters and rope_scaling contradict each other")
-        theta, yarn = ropes[0] if ropes else (given.get("rope_theta", cls.rope_theta), None)
-        depths = [given[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in given]
-        _require(not depths[1:] or depths[0] == depths[1], "num_nextn_predict_layers and num_mtp_layers differ")
-        null = {key: meaning for key, meaning in NULL_MEANS.items() if key in keys and keys[key] is None}
-        known = {f.name: given[f.name] for f in fields(cls) if f.name in given} | null
-        known |= {"rope_theta": theta, "rope_scaling": yarn}
-        known |= {"num_nextn_predict_layers": depths[0]} if depths else {}
-        if "n_routed_experts" in keys and keys["n_routed_experts"] is None:
-            known |= {"first_k_dense_replace": 2**30, "num_nextn_predict_layers": 0}
-        return cls(**known)
-
-
-IMPLEMENTED = {
-    "model_type": ("deepseek_v3", "kimi_k2"),
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
-}
-NULL_MEANS = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}  # elsewhere: the default
-MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "n_routed_experts",
-               "moe_intermediate_size", "mscale", "mscale_all_dim")  # fmt: skip
-BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last of a row or column cropped
-
-
-def _require(condition, message):
-    if not condition:
-        raise InputError(message)
-
-
-def _rope_from_dict(rope, given):
-    """A `rope_scaling` or `rope_parameters` object -> (rope_theta, Yarn, or None for plain RoPE)."""
-    _require(isinstance(rope, dict), "rope_scaling and rope_parameters must be objects or null")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _require(kind in ("default", "yarn"), f"rope_scaling type {kind!r} is not implemented, only 'yarn' or 'default'")
-    _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor must be 1")
-    theta = rope.get("rope_theta", given.get("rope_theta", Config.rope_theta))
-    if kind == "default":
-        return theta, None
-    for key in ("factor", "original_max_position_embeddings"):
-        _require(key in rope, f"rope_scaling lacks {key}")
-    return theta, Yarn(**{f.name: rope[f.name] for f in fields(Yarn) if f.name in rope})
-
-
-def _check_numbers(settings):
-    """Every field has its annotated type (a bool is no number) and is positive, or zero where that means something."""
-    for f in fields(settings):
-        value, name, kind = getattr(settings, f.name), f.name, (get_args(f.type) or (f.type,))[0]
-        if value is None and type(None) in get_args(f.type):
-            continue
-        if kind is bool:
-            _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
-        elif kind in (int, float):
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            least, what = "0 or more" if name in MAY_BE_ZERO else "above 0", "integer" if kind is int else "number"
-            fits = number and (0 < value < 2**40 or (value == 0 and name in MAY_BE_ZERO))
-            _require(fits, f"{name} must be {'an' if kind is int else 'a'} {what} {least}, not {value!r}")
-
-
-def read_config(path):
-    """The Config of a config.json, or of a directory that holds one."""
-    path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
-    keys = read_json(path)
-    try:
-        return Config.from_dict(keys)
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from None
 
 
 # ---- 3. Primitives -------------------------------------------------------------------------------------------------
@@ -731,7 +631,123 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------------------------
-# safetensors files in the Hugging Face layout: mapped, not read; a tensor is decoded when it is first used.
+# A directory in the Hugging Face layout: config.json is checked, safetensors are mapped, tensors decoded at first use.
+
+
+def read_json(path):
+    """The JSON object in a file; InputError if there is none."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON: {e}") from None
+    _require(isinstance(value, dict), f"{path}: must be a JSON object")
+    return value
+
+
+def read_config(path):
+    """The Config of a config.json, or of a directory that holds one."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    keys = read_json(path)
+    try:
+        return parse_config(keys)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
+
+
+IMPLEMENTED = {
+    "model_type": ("deepseek_v3", "kimi_k2"),
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+}
+NULL_MEANS = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}  # elsewhere: the default
+MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "n_routed_experts",
+               "moe_intermediate_size", "mscale", "mscale_all_dim")  # fmt: skip
+
+
+def parse_config(keys):
+    """The model that a config.json describes, in the release's spelling or in that of transformers 5.
+
+    keys: the parsed JSON object. Keys that do not change the result are ignored; a value that would change it and
+    that this file does not implement is refused by name (InputError).
+    """
+    _require(isinstance(keys, dict), "must be a JSON object")
+    given = {key: value for key, value in keys.items() if value is not None}
+    for key, allowed in IMPLEMENTED.items():
+        value = given.get(key, allowed[0])
+        _require(value in allowed, f"{key} {value!r} is not implemented, only {' or '.join(map(repr, allowed))}")
+    heads = given.get("num_attention_heads", Config.num_attention_heads)
+    _require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must equal "
+             "num_attention_heads: MLA expands its latent to keys and values of every head")  # fmt: skip
+    quantization = given.get("quantization_config", {})
+    _require(isinstance(quantization, dict), "quantization_config must be an object")
+    for key, value in {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}.items():
+        got = quantization.get(key, value)
+        _require(got == value, f"quantization_config.{key} {got!r} is not implemented, only {value!r}")
+    ropes = [_rope_from_dict(given[key], given) for key in ("rope_parameters", "rope_scaling") if given.get(key)]
+    _require(len(set(ropes)) < 2, "rope_parameters and rope_scaling contradict each other")
+    theta, yarn = ropes[0] if ropes else (given.get("rope_theta", Config.rope_theta), None)
+    depths = [given[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in given]
+    _require(not depths[1:] or depths[0] == depths[1], "num_nextn_predict_layers and num_mtp_layers differ")
+    null = {key: meaning for key, meaning in NULL_MEANS.items() if key in keys and keys[key] is None}
+    known = {f.name: given[f.name] for f in fields(Config) if f.name in given} | null
+    known |= {"rope_theta": theta, "rope_scaling": yarn}
+    known |= {"num_nextn_predict_layers": depths[0]} if depths else {}
+    if "n_routed_experts" in keys and keys["n_routed_experts"] is None:
+        known |= {"first_k_dense_replace": 2**30, "num_nextn_predict_layers": 0}
+    return Config(**known)
+
+
+def _rope_from_dict(rope, given):
+    """A `rope_scaling` or `rope_parameters` object -> (rope_theta, Yarn, or None for plain RoPE)."""
+    _require(isinstance(rope, dict), "rope_scaling and rope_parameters must be objects or null")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _require(kind in ("default", "yarn"), f"rope_scaling type {kind!r} is not implemented, only 'yarn' or 'default'")
+    _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor must be 1")
+    theta = rope.get("rope_theta", given.get("rope_theta", Config.rope_theta))
+    if kind == "default":
+        return theta, None
+    for key in ("factor", "original_max_position_embeddings"):
+        _require(key in rope, f"rope_scaling lacks {key}")
+    return theta, Yarn(**{f.name: rope[f.name] for f in fields(Yarn) if f.name in rope})
+
+
+def check_config(cfg):
+    """Raise InputError unless the model is defined for these numbers."""
+    _check_numbers(cfg)
+    if cfg.rope_scaling:
+        _check_numbers(cfg.rope_scaling)
+    _require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
+    _require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
+    if not all(map(cfg.is_dense, range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers))):
+        E, G, kept = cfg.n_routed_experts, cfg.n_group, cfg.topk_group
+        _require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
+        _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
+        _require(G == 1 or E // G >= 2, f"n_group {G} leaves one expert a group, whose score needs its best two")
+        _require(kept <= G, f"topk_group {kept} must be at most n_group {G}")
+        choice = kept * E // G
+        _require(cfg.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, the number of "
+                 "experts in topk_group groups")  # fmt: skip
+
+
+def _check_numbers(settings):
+    """Every field has its annotated type (a bool is no number) and is positive, or zero where that means something."""
+    for f in fields(settings):
+        value, name, kind = getattr(settings, f.name), f.name, (get_args(f.type) or (f.type,))[0]
+        if value is None and type(None) in get_args(f.type):
+            continue
+        if kind is bool:
+            _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+        elif kind in (int, float):
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            least, what = "0 or more" if name in MAY_BE_ZERO else "above 0", "integer" if kind is int else "number"
+            fits = number and (0 < value < 2**40 or (value == 0 and name in MAY_BE_ZERO))
+            _require(fits, f"{name} must be {'an' if kind is int else 'a'} {what} {least}, not {value!r}")
 
 
 def tensor_shapes(cfg):
@@ -774,18 +790,7 @@ def tensor_shapes(cfg):
     return shapes if cfg.tie_word_embeddings else shapes | {"lm_head.weight": (W, D)}
 
 
-def read_json(path):
-    """The JSON object in a file; InputError if there is none."""
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON: {e}") from None
-    _require(isinstance(value, dict), f"{path}: must be a JSON object")
-    return value
-
-
+BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last of a row or column cropped
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
 
 
