@@ -689,7 +689,7 @@ def parse_config(keys):
         got = quantization.get(key, value)
         _require(got == value, f"quantization_config.{key} {got!r} is not implemented, only {value!r}")
     ropes = [_rope_from_dict(given[key], given) for key in ("rope_parameters", "rope_scaling") if given.get(key)]
-    _require(len(set(ropes)) < 2, "rope_parameters and rope_scaling contradict each other")
+    _require(ropes[:1] == ropes[1:] or not ropes[1:], "rope_parameters and rope_scaling contradict each other")
     theta, yarn = ropes[0] if ropes else (given.get("rope_theta", Config.rope_theta), None)
     depths = [given[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in given]
     _require(not depths[1:] or depths[0] == depths[1], "num_nextn_predict_layers and num_mtp_layers differ")
@@ -724,7 +724,7 @@ def check_config(cfg):
         _check_numbers(cfg.rope_scaling)
     _require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
     _require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-    if not all(map(cfg.is_dense, range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers))):
+    if cfg.first_k_dense_replace < cfg.num_hidden_layers or cfg.num_nextn_predict_layers:
         E, G, kept = cfg.n_routed_experts, cfg.n_group, cfg.topk_group
         _require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
         _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")

@@ -210,6 +210,7 @@ def test_null_means_without():
     ({"n_routed_experts": 0}, "n_routed_experts"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_scaling": RELEASE["rope_scaling"] | {"factor": "40"}}, "factor"),
+    ({"rope_scaling": RELEASE["rope_scaling"] | {"factor": [40]}}, "factor"),
     ({"rope_scaling": RELEASE["rope_scaling"] | {"truncate": 1}}, "truncate"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"quantization_config": {"quant_method": "awq"}}, "awq"),
