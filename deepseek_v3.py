@@ -1,22 +1,24 @@
 """DeepSeek-V3, the whole model in one file: a specification that runs.
 
 Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
-skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py proves the two equal in float64.
+skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py shows the two equal in float64.
 
     component    definition                        computation                           equal because
     attention    mla_naive: keys of every head     mla_absorbed: one shared latent key   (W_UK c) . q = c . (W_UK^T q)
     context      forward, whole sequence           forward with a Cache, in any chunks   the past never sees the future
-    experts      moe_dense: sum over all experts   moe_sparse: chosen experts only       the other gates are 0
+    experts      moe_all: sum over all experts     moe_chosen: chosen experts only       the other gates are 0
     generation   one token a pass                  MTP drafts, the main model verifies   the rejection rule
 
-`forward` without a cache is the definition throughout; with a cache it is the computation throughout. The definitions
-write nothing in place and have no shape that depends on data, so they also run under jax.numpy, in `jit` and `grad`:
-that is how weights/train.py made the checkpoint beside this file.
+`forward` without a cache is the definition throughout; with one it is the computation, which takes the cheaper form of
+attention. The definitions write nothing in place and have no shape that depends on data, so they also run under
+jax.numpy, in `jit` and `grad`: that is how weights/train.py made the checkpoint beside this file.
 
 Equation numbers are those of the DeepSeek-V3 technical report (arXiv:2412.19437v2), tensor names those of the released
-checkpoint, configuration keys those of its config.json. The symbols in the margin of `Config` are the paper's.
+checkpoint, configuration keys those of its config.json. The symbols in the margin of `Config` are the paper's. "HF" is
+Hugging Face transformers 5.23.0, "official" the code in deepseek-ai/DeepSeek-V3, inference/ (commit 9b4e978).
 
-Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test checks every one.
+Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test runs the program and
+checks them as functions return.
 
     of the model (Config)                                         of the call
     D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch
@@ -25,7 +27,7 @@ Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, 
     R  qk_rope_head_dim     E  n_routed_experts                   J  key heads: H in MHA, 1 in MQA, between in GQA
     P  R / 2, rotated pairs K  num_experts_per_tok                Z  T H / J, the queries that share a key head
     V  v_head_dim           G  n_group                            M  B T, all tokens
-    W  vocab_size                                                 U  choices of a token that one pass can settle, 1 or 2
+    W  vocab_size                                                 U  logits read of each row in one pass: 2 with a draft
                                                                   X, Y  any other size, such as of a query, of a value
 """
 
@@ -120,7 +122,7 @@ def recording():
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's context extension (section 4.3), `rope_scaling` in config.json. Absent keys mean what they do in HF."""
+    """YaRN's context extension (section 4.3), `rope_scaling` in config.json. Optional keys mean what they do in HF."""
 
     factor: float = 40.0  # s
     original_max_position_embeddings: int = 4096
@@ -213,7 +215,7 @@ def softmax(x):
 
 
 def yarn_mscale(factor, mscale):
-    """YaRN's temperature: sqrt(t) = 0.1 mscale ln(s) + 1 (section 4.3, with mscale 1)."""
+    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1)."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
@@ -222,7 +224,8 @@ def rope_frequencies(cfg):
 
     Plain RoPE: theta^(-2j/R). YaRN keeps the pairs that turn more than beta_fast times within the original context,
     slows those that turn less than beta_slow times by the factor, and blends in between. It is static: configured, it
-    holds at every position of every prompt. (The official code switches it on by its max_seq_len instead.)
+    holds at every position of every prompt, for queries as for keys (section 4.3 speaks of the key alone). The official
+    code switches it on by its max_seq_len instead.
     """
     freq_P = cfg.rope_theta ** -(np.arange(0, cfg.qk_rope_head_dim, 2) / cfg.qk_rope_head_dim)
     if (yarn := cfg.rope_scaling) is None:
@@ -235,13 +238,13 @@ def rope_frequencies(cfg):
     low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, cfg.qk_rope_head_dim - 1)
+    low, high = max(low, 0), min(high, cfg.qk_rope_head_dim - 1)  # R - 1 though there are P pairs: so in all code
     slowed_P = np.clip((np.arange(freq_P.size) - low) / ((high - low) or 0.001), 0, 1)
     return freq_P * (1 - slowed_P) + freq_P / yarn.factor * slowed_P
 
 
 def rope_magnitude(cfg):
-    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) where either is absent.
+    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) if either is absent or 0.
 
     The official code has no such factor, and would differ where it is not 1.
     """
@@ -255,7 +258,8 @@ def rope_magnitude(cfg):
 
 
 def softmax_scale(cfg):
-    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m(mscale_all_dim)^2, which the paper's equations leave out."""
+    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m(mscale_all_dim)^2, which the paper's equations leave out. (The
+    official code takes mscale here, the same number in DeepSeek-V3.)"""
     yarn = cfg.rope_scaling
     mscale = yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn and yarn.mscale_all_dim else 1
     return (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5 * mscale**2
@@ -280,7 +284,7 @@ def rope(x, cos, sin, interleave=True):
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
 
-class Place(NamedTuple):
+class Positions(NamedTuple):
     """Where the tokens of one call stand: token t of row b at position start_B[b] + t."""
 
     start_B: np.ndarray  # on the host
@@ -289,15 +293,15 @@ class Place(NamedTuple):
     visible_BTS: object  # True where a query may look: position of the key <= position of the query
 
 
-def place(start_B, T, cfg, dtype):
-    """The Place of T tokens of each row. Angles are float64 until cos and sin: at position 163,839 float32 is off by
-    5e-3 rad. S reaches to the last position of the longest row; a key's index is its position."""
+def positions(start_B, T, cfg, dtype):
+    """The Positions of T tokens of each row. Angles are float64 until cos and sin: at position 163,839 float32 is off
+    by 5e-3 rad. S reaches to the last position of the longest row; a key's index is its position."""
     start_B = np.asarray(start_B)
     position_BT = start_B[:, None] + np.arange(T)
     angle_BTP = position_BT[:, :, None] * rope_frequencies(cfg)
     cos_BTP, sin_BTP = (rope_magnitude(cfg) * f(angle_BTP) for f in (np.cos, np.sin))
     visible_BTS = np.arange(start_B.max() + T) <= position_BT[:, :, None]
-    return Place(start_B, to_device(cos_BTP, dtype), to_device(sin_BTP, dtype), to_device(visible_BTS))
+    return Positions(start_B, to_device(cos_BTP, dtype), to_device(sin_BTP, dtype), to_device(visible_BTS))
 
 
 class Cache:
@@ -305,8 +309,8 @@ class Cache:
 
     c_KV is the latent after its norm, k_R the key after its rotation. A row's index is its position, and a query sees
     no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
-    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right, those of
-    the MTP module too if all calls speculated.
+    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right; those of
+    the MTP module too if all calls speculated, its last one for the token that followed in that call.
     """
 
     def __init__(self, batch, capacity=0):
@@ -316,13 +320,14 @@ class Cache:
         """Write row b's T entries from position start_B[b]; return all up to the last one's position, (B, S, L)."""
         B, T, L = kv_BTL.shape
         S, kept = int(start_B.max()) + T, self.layers.get(layer)
-        if kept is None or kept.shape[1] < S:
-            self.layers[layer] = xp.zeros((B, max(S, self.capacity, 2 * S if kept is not None else 0), L), kv_BTL.dtype)
-            if kept is not None:
-                self.layers[layer][:, : kept.shape[1]] = kept
+        if kept is None:
+            kept = xp.zeros((B, max(S, self.capacity), L), kv_BTL.dtype)
+        elif kept.shape[1] < S:
+            kept = xp.concatenate([kept, xp.zeros((B, S, L), kept.dtype)], axis=1)
+        self.layers[layer] = kept
         for b, start in enumerate(start_B):
-            self.layers[layer][b, start : start + T] = kv_BTL[b]
-        return self.layers[layer][:, :S]
+            kept[b, start : start + T] = kv_BTL[b]
+        return kept[:, :S]
 
     @property
     def nbytes(self):
@@ -346,26 +351,27 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
 
 
-def mla_query(x_BTD, w, name, cfg, where):
-    """Eqs. (6)-(9): the compressed query, up to all heads; its last R entries rotated. -> q_nope_BTHN, q_rope_BTHR."""
+def mla_query(x_BTD, w, name, cfg, at):
+    """Eqs. (6)-(8): the compressed query, normed (section 4.2), then up to all heads -> q_nope_BTHN, and rotated,
+    q_rope_BTHR."""
     if cfg.q_lora_rank is None:
-        q = linear(x_BTD, w, f"{name}.q_proj")
+        q_BTX = linear(x_BTD, w, f"{name}.q_proj")
     else:
         c_BTQ = rms_norm(linear(x_BTD, w, f"{name}.q_a_proj"), w[f"{name}.q_a_layernorm.weight"], LATENT_EPS)
-        q = linear(c_BTQ, w, f"{name}.q_b_proj")
-    q_BTHX = q.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
-    q_nope_BTHN, q_rope_BTHR = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]
-    cos_BTP, sin_BTP = where.cos_BTP, where.sin_BTP
+        q_BTX = linear(c_BTQ, w, f"{name}.q_b_proj")
+    q_BTHY = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
+    q_nope_BTHN, q_rope_BTHR = q_BTHY[..., : cfg.qk_nope_head_dim], q_BTHY[..., cfg.qk_nope_head_dim :]
+    cos_BTP, sin_BTP = at.cos_BTP, at.sin_BTP
     return q_nope_BTHN, rope(q_rope_BTHR, cos_BTP[:, :, None], sin_BTP[:, :, None], cfg.rope_interleave)
 
 
-def mla_latent(x_BTD, w, name, cfg, where):
+def mla_latent(x_BTD, w, name, cfg, at):
     """Eqs. (1), (3), what the cache keeps: [c_KV ; k_R]. c_KV is normed (section 4.2); k_R comes from x, not from
     c_KV, and is one key for all heads. -> kv_BTL."""
     kv_BTL = linear(x_BTD, w, f"{name}.kv_a_proj_with_mqa")
     c_BTC, k_rope_BTR = kv_BTL[..., : cfg.kv_lora_rank], kv_BTL[..., cfg.kv_lora_rank :]
     c_BTC = record(f"{name}.kv_latent", rms_norm(c_BTC, w[f"{name}.kv_a_layernorm.weight"], LATENT_EPS))
-    k_rope_BTR = record(f"{name}.k_rope", rope(k_rope_BTR, where.cos_BTP, where.sin_BTP, cfg.rope_interleave))
+    k_rope_BTR = record(f"{name}.k_rope", rope(k_rope_BTR, at.cos_BTP, at.sin_BTP, cfg.rope_interleave))
     return xp.concatenate([c_BTC, k_rope_BTR], axis=-1)
 
 
@@ -376,7 +382,7 @@ def kv_up(w, name, cfg):
 
 
 def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
-    """Definition, eqs. (2), (4), (5), (10): expand each head's keys and values, then multi-head attention."""
+    """Definition, eqs. (2), (4), (5), (9), (10): expand each head's keys and values, then multi-head attention."""
     c_BSC, k_rope_BSR = kv_BSL[..., : cfg.kv_lora_rank], kv_BSL[..., cfg.kv_lora_rank :]
     kv_BSHY = linear(c_BSC, w, f"{name}.kv_b_proj").reshape(*c_BSC.shape[:2], cfg.num_attention_heads, -1)
     k_nope_BSHN, v_BSHV = kv_BSHY[..., : cfg.qk_nope_head_dim], kv_BSHY[..., cfg.qk_nope_head_dim :]
@@ -417,18 +423,18 @@ def absorbing_is_cheaper(T, S, cfg):
     return absorbed < naive
 
 
-def mla(x_BTD, w, layer, cfg, where, cache):
+def mla(x_BTD, w, layer, cfg, at, cache):
     """Multi-head latent attention, eqs. (1)-(11): the definition without a cache, the cheaper form with one."""
     name = f"model.layers.{layer}.self_attn"
-    q_nope_BTHN, q_rope_BTHR = mla_query(x_BTD, w, name, cfg, where)
+    q_nope_BTHN, q_rope_BTHR = mla_query(x_BTD, w, name, cfg, at)
     record(f"{name}.q_rope", q_rope_BTHR)
-    kv_BTL = mla_latent(x_BTD, w, name, cfg, where)
+    kv_BTL = mla_latent(x_BTD, w, name, cfg, at)
     if cache is None:
         form, kv_BSL = mla_naive, kv_BTL
     else:
-        kv_BSL = cache.append(layer, kv_BTL, where.start_B)
+        kv_BSL = cache.append(layer, kv_BTL, at.start_B)
         form = mla_absorbed if absorbing_is_cheaper(x_BTD.shape[1], kv_BSL.shape[1], cfg) else mla_naive
-    o_BTHV = form(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, where.visible_BTS)
+    o_BTHV = form(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, at.visible_BTS)
     return record(name, linear(o_BTHV.reshape(*x_BTD.shape[:2], -1), w, f"{name}.o_proj"))
 
 
@@ -439,10 +445,10 @@ def mla(x_BTD, w, layer, cfg, where, cache):
 def route(x_BTD, w, name, cfg):
     """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
-    Eq. (15) affinities; eq. (16) selection by affinity plus bias, among the experts of the topk_group groups whose two
-    best biased affinities sum highest; eqs. (13), (14) gates from the affinities alone, normalised, then scaled by
-    routed_scaling_factor, normalised or not. Experts of the other groups are masked with -inf; 0, as in older code,
-    lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
+    Eq. (15) affinities; eq. (16), in place of (14), selection by affinity plus bias, among the experts of the
+    topk_group groups whose two best biased affinities sum highest; eq. (13) gates from the affinities alone, divided by
+    their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
+    -inf; 0, as in older code, lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
     """
     weight_ED, bias_E = wide(w[f"{name}.gate.weight"]), wide(w[f"{name}.gate.e_score_correction_bias"])
     score_BTE = record(f"{name}.gate.scores", sigmoid(wide(x_BTD) @ weight_ED.T))
@@ -459,11 +465,11 @@ def route(x_BTD, w, name, cfg):
     return index_BTK, record(f"{name}.gate.weights", gate_BTK * cfg.routed_scaling_factor)
 
 
-def moe_dense(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """Definition, the routed sum of eq. (12) over *all* experts, the gates of the unselected being 0.
 
-    The experts' matrices are laid side by side, so that the sum over experts is part of three large products. The gate
-    multiplies before W_down instead of after: they commute.
+    The experts' matrices are laid side by side, so that the sum over experts is part of the last of three large
+    products, which is how training runs it. The gate multiplies before W_down instead of after: they commute.
     """
     E = cfg.n_routed_experts
     gate_BTE = xp.sum(xp.where(one_hot(index_BTK, E), gate_BTK[..., None], 0), axis=-2).astype(x_BTD.dtype)
@@ -476,7 +482,7 @@ def moe_dense(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     return h_BTEX.reshape(*x_BTD.shape[:2], -1) @ w_down.transpose(0, 2, 1).reshape(-1, D)
 
 
-def moe_sparse(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """Computation: each selected expert sees only the tokens that chose it."""
     x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).reshape(-1, index_BTK.shape[-1])
     gate_MK = gate_BTK.reshape(index_MK.shape).astype(x_BTD.dtype)
@@ -487,10 +493,11 @@ def moe_sparse(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     return y_MD.reshape(x_BTD.shape)
 
 
-def moe(x_BTD, w, name, cfg, dense):
-    """Eq. (12) less its residual: the shared experts, one MLP of their joint width, plus the gated routed ones."""
+def moe(x_BTD, w, name, cfg, routed):
+    """Eq. (12) less its residual: the shared experts, one MLP of their joint width, plus the gated routed ones, whose
+    sum is taken by `routed`: moe_all or moe_chosen."""
     index_BTK, gate_BTK = route(x_BTD, w, name, cfg)
-    y_BTD = (moe_dense if dense else moe_sparse)(x_BTD, w, name, index_BTK, gate_BTK, cfg)
+    y_BTD = routed(x_BTD, w, name, index_BTK, gate_BTK, cfg)
     return y_BTD + swiglu(x_BTD, w, f"{name}.shared_experts") if cfg.n_shared_experts else y_BTD
 
 
@@ -525,17 +532,17 @@ def balance_loss(score_BTE, cfg):
 # Blocks of attention and MLP on a residual stream, each behind a norm; the first few MLPs are dense.
 
 
-def block(x_BTD, w, layer, cfg, where, cache):
+def block(x_BTD, w, layer, cfg, at, cache):
     """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
     name = f"model.layers.{layer}"
     normed_BTD = rms_norm(x_BTD, w[f"{name}.input_layernorm.weight"], cfg.rms_norm_eps)
-    x_BTD = x_BTD + mla(record(f"{name}.input_layernorm", normed_BTD), w, layer, cfg, where, cache)
+    x_BTD = x_BTD + mla(record(f"{name}.input_layernorm", normed_BTD), w, layer, cfg, at, cache)
     normed_BTD = rms_norm(x_BTD, w[f"{name}.post_attention_layernorm.weight"], cfg.rms_norm_eps)
     record(f"{name}.post_attention_layernorm", normed_BTD)
     if cfg.is_dense(layer):
         y_BTD = swiglu(normed_BTD, w, f"{name}.mlp")
     else:
-        y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, dense=cache is None)
+        y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, moe_all if cache is None else moe_chosen)
     return record(name, x_BTD + record(f"{name}.mlp", y_BTD))
 
 
@@ -544,15 +551,15 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
 
     w: mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
     definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds
-    before position start_B[b], and enter it. Rows of unequal length are padded on the right, with any valid token:
-    nothing before the padding sees it, and the next call writes over it.
+    before position start_B[b] (0 by default), and enter it. Rows of unequal length are padded on the right, with any
+    valid token: nothing before the padding sees it, and the next call writes over it.
     """
     B, T = token_BT.shape
     embedding_WD = w["model.embed_tokens.weight"]
-    where = place(np.zeros(B, int) if start_B is None else start_B, T, cfg, embedding_WD.dtype)
+    at = positions(np.zeros(B, int) if start_B is None else start_B, T, cfg, embedding_WD.dtype)
     x_BTD = record("model.embed_tokens", embedding_WD[to_device(token_BT)])
     for layer in range(cfg.num_hidden_layers):
-        x_BTD = block(x_BTD, w, layer, cfg, where, cache)
+        x_BTD = block(x_BTD, w, layer, cfg, at, cache)
     return record("model.norm", rms_norm(x_BTD, w["model.norm.weight"], cfg.rms_norm_eps))
 
 
@@ -577,20 +584,21 @@ def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
     Module k is layer num_hidden_layers + k - 1 of the checkpoint, a whole block with a latent cache of its own.
     Where the paper leaves a choice or the released weights differ from it:
     - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
-    - h^0 is the state after `model.norm`, and every h^k after its own `shared_head.norm` (HF, vLLM and SGLang;
-      DeepSeek-V3 #839 was never answered);
+    - h^0 is the state after `model.norm`: so in HF, vLLM and SGLang, while torchtitan takes it before (DeepSeek-V3
+      #839 was never answered). Likewise module k + 1 takes h^k after `shared_head.norm`, as in HF; no checkpoint of
+      more than one module is published;
     - a pair's position is i. Only differences of positions matter, so i + 1 (HF) gives the same;
     - no embedding is masked at position 0 (vLLM masks one: its issue 33299).
     """
     name = f"model.layers.{cfg.num_hidden_layers + k - 1}"
     B, T = token_BT.shape
-    where = place(np.zeros(B, int) if start_B is None else start_B, T, cfg, h_BTD.dtype)
+    at = positions(np.zeros(B, int) if start_B is None else start_B, T, cfg, h_BTD.dtype)
     embedded_BTD = w["model.embed_tokens.weight"][to_device(token_BT)]
     embedded_BTD = rms_norm(embedded_BTD, w[f"{name}.enorm.weight"], cfg.rms_norm_eps)
     state_BTD = rms_norm(h_BTD, w[f"{name}.hnorm.weight"], cfg.rms_norm_eps)
     joined_BTX = xp.concatenate([embedded_BTD, state_BTD], axis=-1)
     x_BTD = record(f"{name}.eh_proj", linear(joined_BTX, w, f"{name}.eh_proj"))
-    x_BTD = block(x_BTD, w, cfg.num_hidden_layers + k - 1, cfg, where, cache)
+    x_BTD = block(x_BTD, w, cfg.num_hidden_layers + k - 1, cfg, at, cache)
     return rms_norm(x_BTD, w[f"{name}.shared_head.norm.weight"], cfg.rms_norm_eps)
 
 
@@ -610,23 +618,24 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
     with experts. Defaults: lambda as for the first 10T tokens, alpha (section 4.2).
 
     Returns the loss and its parts: {"main", "mtp": [L^1 .. L^D], "balance", "load": {name of the gate: load_E}}, the
-    loads being what `update_bias` needs. Differentiate with respect to w; the biases' gradient is 0 by construction.
+    loads being what `update_bias` needs. Differentiate with respect to w; the biases' gradient is 0, as they only
+    choose. (That L_Bal is summed over layers, those of the MTP modules too, is this file's reading.)
     """
     token_BX = to_device(token_BX)
-    T, D = token_BX.shape[1] - 1, mtp_depth(w, cfg)
-    _require(T > D, f"the objective needs more than {D + 1} tokens a sequence, {D} being the depth of MTP")
+    T, depth = token_BX.shape[1] - 1, mtp_depth(w, cfg)
+    _require(T > depth, f"the objective needs more than {depth + 1} tokens a sequence, {depth} being the depth of MTP")
     with recording() as named:
         h_BTD = forward(token_BX[:, :T], w, cfg)
         main = xp.mean(cross_entropy(head(h_BTD, w, cfg), token_BX[:, 1:]))
         losses = []
-        for k in range(1, D + 1):
+        for k in range(1, depth + 1):
             h_BTD = mtp(k, h_BTD[:, : T - k], token_BX[:, k:T], w, cfg)
             loss_BT = cross_entropy(head(h_BTD, w, cfg), token_BX[:, k + 1 :])
             losses.append(xp.mean(xp.sum(loss_BT, axis=1)) / T)
     scores = {name.removesuffix(".scores"): score for name, score in named.items() if name.endswith(".gate.scores")}
     balance = sum(balance_loss(score_BTE, cfg) for score_BTE in scores.values())
     load = {name: expert_load(named[f"{name}.indices"], cfg) for name in scores}
-    total = main + mtp_weight * sum(losses) / max(D, 1) + balance_weight * balance
+    total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance
     return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
 
 
@@ -689,16 +698,16 @@ def parse_config(keys):
         got = quantization.get(key, value)
         _require(got == value, f"quantization_config.{key} {got!r} is not implemented, only {value!r}")
     ropes = [_rope_from_dict(given[key], given) for key in ("rope_parameters", "rope_scaling") if given.get(key)]
-    _require(ropes[:1] == ropes[1:] or not ropes[1:], "rope_parameters and rope_scaling contradict each other")
+    _require(len(ropes) < 2 or ropes[0] == ropes[1], "rope_parameters and rope_scaling contradict each other")
     theta, yarn = ropes[0] if ropes else (given.get("rope_theta", Config.rope_theta), None)
     depths = [given[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in given]
-    _require(not depths[1:] or depths[0] == depths[1], "num_nextn_predict_layers and num_mtp_layers differ")
+    _require(len(depths) < 2 or depths[0] == depths[1], "num_nextn_predict_layers and num_mtp_layers differ")
     null = {key: meaning for key, meaning in NULL_MEANS.items() if key in keys and keys[key] is None}
     known = {f.name: given[f.name] for f in fields(Config) if f.name in given} | null
     known |= {"rope_theta": theta, "rope_scaling": yarn}
     known |= {"num_nextn_predict_layers": depths[0]} if depths else {}
     if "n_routed_experts" in keys and keys["n_routed_experts"] is None:
-        known |= {"first_k_dense_replace": 2**30, "num_nextn_predict_layers": 0}
+        known |= {"first_k_dense_replace": known.get("num_hidden_layers", 61), "num_nextn_predict_layers": 0}
     return Config(**known)
 
 
@@ -927,6 +936,7 @@ def _read_shards(directory):
 
 # ---- 9. Generation -------------------------------------------------------------------------------------------------
 # One loop: feed what is new, choose the next token, let the MTP module guess the one after; verify the guess next time.
+# At the end the trace, by which a port is checked.
 
 CHUNK = 512  # tokens of a prompt that go through the model at once: memory for scores grows with CHUNK x context
 
@@ -949,7 +959,7 @@ class Sampling:
 
 @dataclass
 class Stats:
-    """What a generation did; `generate` fills it in. The first token of each row counts as the prompt's time."""
+    """What a generation did; `generate` fills it in. The first token of each row belongs to the prompt's time."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -1064,14 +1074,14 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
 
     prompts: lists of token ids, of any lengths; rows do not influence each other, and row b draws from its own random
     stream (seed, b). speculate: draft with the first MTP module, if there is one; this changes the speed, not the
-    distribution, and not one token of greedy output (unless two logits are equal but for rounding). cache: of an
-    earlier call with as many prompts; what its tokens and the prompts have in common is not computed again. Raises
-    InputError before any work.
+    distribution, and not one token of greedy output (unless two logits, or two affinities, are equal but for rounding).
+    cache: of an earlier call with as many prompts; what its tokens and the prompts have in common is not computed
+    again. Raises InputError before any work.
 
-    Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If it would itself have
-    said the draft, both this and the token after it are known; if not, only the first, and the draft's cache entry is
-    left to be overwritten. The MTP module then sees the new pairs (h_i, t_i+1) and drafts again. Its pairs hold only
-    verified tokens and states, so its cache is right after every accept and reject.
+    Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If the draft stands
+    (`verify`), both it and the token after it are known; if not, only the token in its place, and the draft's cache
+    entry is left to be overwritten. The MTP module then sees the new pairs (h_i, t_i+1) and drafts again. Its pairs
+    hold only verified tokens and states, so its cache is right after every accept and reject.
     """
     sampling, stats, B = sampling or Sampling(), stats or Stats(), len(prompts)
     check_prompts(prompts, cfg, max_tokens)
@@ -1088,9 +1098,8 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
         token_BT = pad([row.feed if row.draft is None else [*row.feed, row.draft] for row in rows])
         h_BTD = in_chunks(lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT)
         choices = 2 if any(row.draft is not None for row in rows) else 1
-        logits = logits_from([len(row.feed) - 1 for row in rows], choices, h_BTD, w, cfg)
-        new = [row.choose(logits[b], sampling) if row.left else [] for b, row in enumerate(rows)]
-        stats.times.append(time.perf_counter())
+        logits_BUW = logits_from([len(row.feed) - 1 for row in rows], choices, h_BTD, w, cfg)
+        new = [row.choose(logits_BUW[b], sampling) if row.left else [] for b, row in enumerate(rows)]
         stats.cache_bytes = cache.nbytes
         for b, row in enumerate(rows):
             stats.drafted += bool(new[b]) and row.draft is not None
@@ -1100,26 +1109,28 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
                     row.left = 0 if token in stop else row.left - 1
                     stats.new_tokens += 1
                     yield b, token
-        if not any(row.left for row in rows):
+        done = not any(row.left for row in rows)
+        if speculate and not done:
+            draw_drafts(rows, new, h_BTD, w, cfg, cache, start_B, sampling)
+        stats.times.append(time.perf_counter())
+        if done:
             return
-        if speculate:
-            draft(rows, new, h_BTD, w, cfg, cache, start_B, sampling)
         for held, row, tokens in zip(cache.tokens, rows, new, strict=True):
             if tokens:
                 held += row.feed + tokens[:-1]
                 row.feed = tokens[-1:]
 
 
-def draft(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
+def draw_drafts(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
     """Show the MTP module the pairs (h_i, t_i+1) that this round's new tokens complete; draw each live row's draft."""
     pairs = [(row.feed + tokens)[1:] for row, tokens in zip(rows, new, strict=True)]
     token_BT = pad(pairs)
     h_BTD = in_chunks(
         lambda part: mtp(1, h_BXD[:, part], token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT
     )
-    logits = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
+    logits_BUW = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
     for b, row in enumerate(rows):
-        row.q_W = distribution(logits[b, 0], sampling) if row.left else None
+        row.q_W = distribution(logits_BUW[b, 0], sampling) if row.left else None
         row.draft = draw(row.q_W, row.rng) if row.left else None
 
 
@@ -1231,8 +1242,8 @@ def _first_line(error):
 
 
 def inspect(cfg, checkpoint=None):
-    """A table of parameters and cache: the numbers of section 4.2 and of the DeepSeek-V2 report's Table 1. Of a
-    checkpoint, only the MTP modules that it has."""
+    """A table of parameters and of the cache, beside one that would keep MLA's own keys (N + R) and values (V) for all
+    heads, for 8, for one. Of a checkpoint, only the MTP modules that it has."""
     if checkpoint:
         cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(checkpoint, cfg))
     main = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))

@@ -13,9 +13,14 @@ the rest are activations (T, ...), named by the module of the checkpoint that pu
     model.layers.1.mlp.gate.indices       the chosen experts, sorted, and `.weights`, their gates in the same order
     model.layers.1                        the block, with the residual
     model.norm, lm_head                   the final states, the logits
-v3_yarn has all of them, and `greedy`: the NEW tokens that continue its prompt. The other cases have the last layer,
-the first routing, and what comes after the layers; mtp also has its MTP module, model.layers.2, over the T - 1 pairs
-of neighbours in the prompt: `.eh_proj`, the block, and its logits as `.shared_head`.
+v3_yarn has all of them. The other cases have the last layer, the first routing, and what comes after the layers; of
+the MTP modules too, model.layers.2 and on: `.eh_proj`, the block, and the logits as `.shared_head`. Module k has
+T - k rows, one for each pair (state i of the module before, token i + k). The modules are run by HF's own MtpModel,
+which hands the state after `.shared_head.norm` on to the next. long has only `lm_head_tail`, its last 8 rows.
+
+The cases in NEW also have `greedy`, so many tokens that continue the prompt; and with an MTP module `drafts`, where
+drafts[i] is its guess of token i + 2 of s, the prompt and greedy: the likeliest of the pair (state i, s[i + 1]), for
+all pairs of s at once.
 
 Weights are not stored but made from their names by `formula`. Then tensors whose name ends with a key of `scale` are
 multiplied by its value, and those whose name ends with a key of `shift` get its value added.
@@ -42,7 +47,9 @@ def yarn(key="type", factor=40.0, original=4096, **changes):
             "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0} | changes  # fmt: skip
 
 
-T, NEW, SEED = 14, 12, 0  # SEED draws the prompts; where it leads to a near tie, take another
+T, LONG = 14, 200  # tokens of a prompt, and of the case long
+NEW = {"v3_yarn": 12, "mtp": 24, "mtp_small_vocab": 24}
+SEED = {"long": 10, "mtp_small_vocab": 14}  # draws the prompt, else 0; where it leads to a near tie, take another
 ROUTING_GAP, TOKEN_GAP = 1e-4, 1e-3  # by which the chosen stand out at least: nothing hangs on the last digits
 RELEASE = dict(model_type="deepseek_v3", scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
 BASE = dict(
@@ -55,8 +62,10 @@ BASE = dict(
 )  # fmt: skip
 BIGGER = dict(n_routed_experts=16, num_experts_per_tok=4)
 ONE_GROUP = dict(n_group=1, topk_group=1, rope_theta=5e4)
+V3_YARN = BIGGER | dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
 CASES = {  # what differs from BASE
-    "v3_yarn": BIGGER | dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4),
+    "v3_yarn": V3_YARN,
+    "long": V3_YARN,
     "hf5_spelling": dict(rope_theta=25e3, rope_scaling=yarn("rope_type", 8.0, beta_fast=128.0, beta_slow=8.0,
                                                             mscale_all_dim=0.5)),
     "moonlight": ONE_GROUP | dict(q_lora_rank=None, n_shared_experts=2, rms_norm_eps=1e-5, rope_scaling=None),
@@ -73,6 +82,8 @@ CASES = {  # what differs from BASE
     "k2_like": BIGGER | ONE_GROUP | dict(model_type="kimi_k2", routed_scaling_factor=2.827,
                                          rope_scaling=yarn(factor=32.0)),
     "mtp": dict(num_nextn_predict_layers=1),
+    "mtp_small_vocab": dict(num_nextn_predict_layers=1, vocab_size=6),  # some drafts are right by chance
+    "mtp_depth_2": dict(num_nextn_predict_layers=2),
 }  # fmt: skip
 HF5 = "hf5_spelling", "moonlight"  # config.json as transformers 5 writes it: rope_parameters for rope_scaling
 SCALE = {"moonlight": {"kv_a_proj_with_mqa.weight": 0.01}}  # latents so small that the eps of their norm shows
@@ -106,7 +117,7 @@ class Float64(TorchFunctionMode):
 
 def checkpoint_name(path, layers):
     """The checkpoint's name of HF's module or tensor. MtpModel's own paths begin with layers.0: the layer after all."""
-    path = re.sub(r"^layers\.0(\.mtp_block)?", f"model.layers.{layers}", path)
+    path = re.sub(r"^layers\.(\d+)(\.mtp_block)?", lambda found: f"model.layers.{layers + int(found[1])}", path)
     return path.replace("post_norm", "shared_head.norm")
 
 
@@ -155,39 +166,65 @@ def watch(model, layers, kept, gaps):
 
     for path, module in model.named_modules():
         name = checkpoint_name(path, layers)
-        if re.fullmatch(named, name) and path != "layers.0":  # that is HF's wrapper of the MTP module
+        if re.fullmatch(named, name) and not re.fullmatch(r"layers\.\d+", path):  # HF's wrapper of an MTP module
             module.register_forward_hook(functools.partial(keep, name))
+
+
+def continued(tokens, new, model):
+    """tokens (1, T) and the new ones after them: the whole sequence again for each token, nothing cached."""
+    for _ in range(new):
+        logits = model(tokens, use_cache=False).logits[0, -1]
+        assert gap(logits, 1) >= TOKEN_GAP
+        tokens = torch.cat([tokens, logits.argmax().reshape(1, 1)], dim=1)
+    return tokens
+
+
+def mtp_logits(tokens, state, mtp):
+    """The logits of each MTP module, from tokens (1, T) and the states (T, D) after model.norm."""
+    state, logits = state[None], []
+    for k in range(1, mtp.num_mtp_layers + 1):  # HF calls the position of the pair (state i, token i + k) i + k
+        positions = torch.arange(k, tokens.shape[1])[None]
+        state = mtp.forward_layer(k - 1, state[:, :-1], positions, None, tokens[:, k:])
+        logits.append(mtp.shared_head(state)[0])
+    return logits
 
 
 def make(case):
     """-> the case's arrays by name."""
     config, scale, shift = BASE | CASES[case], SCALE.get(case, {}), SHIFT.get(case, {})
     layers, first = config["num_hidden_layers"], config["first_k_dense_replace"]
+    depth = config["num_nextn_predict_layers"]
     hf = DeepseekV3Config(**copy.deepcopy({k: v for k, v in config.items() if k != "model_type"}))
     config = json.loads(hf.to_json_string()) if case in HF5 else RELEASE | config
     hf._attn_implementation = hf._experts_implementation = "eager"
     model, kept, gaps = DeepseekV3ForCausalLM(hf).eval(), {}, []
-    mtp = MtpModel(model, 1).eval() if config["num_nextn_predict_layers"] else None
+    mtp = MtpModel(model, depth).eval() if depth else None
     for part in [model, mtp] if mtp else [model]:
         fill(part, layers, scale, shift)
         watch(part, layers, kept, gaps)
-    tokens = torch.from_numpy(np.random.default_rng(SEED).integers(0, config["vocab_size"], (1, T)))
+    size = 1, LONG if case == "long" else T
+    tokens = torch.from_numpy(np.random.default_rng(SEED.get(case, 0)).integers(0, config["vocab_size"], size))
     model(tokens, use_cache=False)
+    if mtp:
+        for k, logits in enumerate(mtp_logits(tokens, kept["model.norm"], mtp)):
+            kept[f"model.layers.{layers + k}.shared_head"] = logits
     arrays = dict(kept)
-    if mtp:  # pair i is (state i after model.norm, token i + 1); HF calls its position i + 1
-        state = mtp.forward_layer(0, kept["model.norm"][None, :-1], torch.arange(1, T)[None], None, tokens[:, 1:])
-        arrays |= {name: x for name, x in kept.items() if name.startswith(f"model.layers.{layers}")}
-        arrays[f"model.layers.{layers}.shared_head"] = mtp.shared_head(state)[0]
-    if case == "v3_yarn":
-        longer = tokens
-        for _ in range(NEW):  # the whole sequence again for each token, nothing cached
-            logits = model(longer, use_cache=False).logits[0, -1]
-            assert gap(logits, 1) >= TOKEN_GAP
-            longer = torch.cat([longer, logits.argmax().reshape(1, 1)], dim=1)
-        arrays["greedy"] = longer[0, T:]
-    else:
-        stays = rf"model\.(norm|layers\.({layers - 1}|{layers})(\..*)?|layers\.{first}\.mlp\.gate.*)|lm_head"
+    if case == "long":
+        arrays = {"lm_head_tail": arrays["lm_head"][-8:]}
+    elif case != "v3_yarn":
+        last = "|".join(str(layers + k) for k in range(-1, depth))
+        stays = rf"model\.(norm|layers\.({last})(\..*)?|layers\.{first}\.mlp\.gate.*)|lm_head"
         arrays = {name: x for name, x in arrays.items() if re.fullmatch(stays, name)}
+    if case in NEW:
+        longer = continued(tokens, NEW[case], model)
+        arrays["greedy"] = longer[0, T:]
+        if mtp:
+            model(longer, use_cache=False)
+            logits = mtp_logits(longer, kept["model.norm"], mtp)[0]
+            assert gap(logits[T - 1 :], 1) >= TOKEN_GAP
+            arrays["drafts"] = logits.argmax(-1)
+            right = arrays["drafts"][T - 1 : -1] == longer[0, T + 1 :]
+            assert case != "mtp_small_vocab" or 3 <= right.sum() < len(right)
     assert min(gaps, default=1) >= ROUTING_GAP
     print(f"{case:18} {len(arrays)} arrays, least gap of routing {min(gaps, default=math.inf):.1e}")
     texts = {"config": json.dumps(config), "scale": json.dumps(scale), "shift": json.dumps(shift)}
