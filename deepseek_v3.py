@@ -585,8 +585,8 @@ def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
     Where the paper leaves a choice or the released weights differ from it:
     - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
     - h^0 is the state after `model.norm`: so in HF, vLLM and SGLang, while torchtitan takes it before (DeepSeek-V3
-      #839 was never answered). Likewise module k + 1 takes h^k after `shared_head.norm`, as in HF; no checkpoint of
-      more than one module is published;
+      #839 was never answered). Likewise module k + 1 takes h^k after `shared_head.norm`, as in HF; DeepSeek-V3
+      has one module only;
     - a pair's position is i. Only differences of positions matter, so i + 1 (HF) gives the same;
     - no embedding is masked at position 0 (vLLM masks one: its issue 33299).
     """

@@ -116,7 +116,7 @@ class Float64(TorchFunctionMode):
 
 
 def checkpoint_name(path, layers):
-    """The checkpoint's name of HF's module or tensor. MtpModel's own paths begin with layers.0: the layer after all."""
+    """The checkpoint's name of HF's module or tensor. MtpModel's own layers.0 is the layer after all."""
     path = re.sub(r"^layers\.(\d+)(\.mtp_block)?", lambda found: f"model.layers.{layers + int(found[1])}", path)
     return path.replace("post_norm", "shared_head.norm")
 
@@ -205,15 +205,16 @@ def make(case):
     size = 1, LONG if case == "long" else T
     tokens = torch.from_numpy(np.random.default_rng(SEED.get(case, 0)).integers(0, config["vocab_size"], size))
     model(tokens, use_cache=False)
-    if mtp:
-        for k, logits in enumerate(mtp_logits(tokens, kept["model.norm"], mtp)):
-            kept[f"model.layers.{layers + k}.shared_head"] = logits
-    arrays = dict(kept)
+    arrays, modules = dict(kept), [f"model.layers.{layers + k}" for k in range(depth)]
+    if mtp:  # it shares lm_head, whose entry in kept is the last module's from here on
+        logits = mtp_logits(tokens, kept["model.norm"], mtp)
+        arrays |= {name: x for name, x in kept.items() if name.startswith(tuple(modules))}
+        arrays |= {f"{module}.shared_head": x for module, x in zip(modules, logits, strict=True)}
     if case == "long":
         arrays = {"lm_head_tail": arrays["lm_head"][-8:]}
     elif case != "v3_yarn":
-        last = "|".join(str(layers + k) for k in range(-1, depth))
-        stays = rf"model\.(norm|layers\.({last})(\..*)?|layers\.{first}\.mlp\.gate.*)|lm_head"
+        last = "|".join([f"model.layers.{layers - 1}", *modules])
+        stays = rf"({last})(\..*)?|model\.layers\.{first}\.mlp\.gate.*|model\.norm|lm_head"
         arrays = {name: x for name, x in arrays.items() if re.fullmatch(stays, name)}
     if case in NEW:
         longer = continued(tokens, NEW[case], model)
