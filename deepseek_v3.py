@@ -1086,6 +1086,7 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
     sampling, stats, B = sampling or Sampling(), stats or Stats(), len(prompts)
     check_prompts(prompts, cfg, max_tokens)
     cache = cache or Cache(B, max(map(len, prompts)) + max_tokens + 1)  # the last draft may stand one past the end
+    _require(len(cache.tokens) == B, f"the cache has {len(cache.tokens)} rows, there are {B} prompts")
     speculate = speculate and mtp_depth(w, cfg) > 0
     rows = []
     for b, (held, prompt) in enumerate(zip(cache.tokens, map(list, prompts), strict=True)):

@@ -1314,6 +1314,8 @@ def test_a_prompt_that_cannot_be_continued_is_refused_before_any_work(prompts, n
         generated(prompts, {}, SMALL, n)
     with pytest.raises(dsv3.InputError, match="0 or more"):
         generated([[1]], {}, SMALL, -1)
+    with pytest.raises(dsv3.InputError, match="the cache has 2 rows"):
+        generated([[1]], {}, SMALL, 1, cache=dsv3.Cache(2))
 
 
 @pytest.mark.parametrize("bad", [
