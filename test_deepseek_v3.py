@@ -1577,6 +1577,17 @@ def test_the_shipped_model_has_all_of_the_structure(shipped):
     assert all(np.ptp(bias) > 0.01 for bias in biases)  # the balancing has moved them
 
 
+def test_hugging_face_reads_the_shipped_model_as_we_do(shipped):
+    """Its token ids, its logits to 1e-4 in float32, its greedy text to the end; weights/vectors/make_parity.py."""
+    w, cfg, text = shipped
+    theirs = np.load(WEIGHTS / "vectors" / "shipped.npz")
+    tokens = text.encode(str(theirs["text"]))
+    assert tokens == theirs["tokens"].tolist()
+    assert np.abs(dsv3.trace([tokens], w, cfg)["lm_head"] - theirs["lm_head"]).max() < 1e-4
+    prompt = text.encode(str(theirs["prompt"]))
+    assert generated([prompt], w, cfg, 200, stop=dsv3.end_tokens(WEIGHTS)) == [theirs["greedy"].tolist()]
+
+
 def test_the_story_is_the_same_with_and_without_speculation_and_in_chunks(shipped, monkeypatch):
     w, cfg, text = shipped
     prompt, stats = text.encode("Once upon a time"), dsv3.Stats()

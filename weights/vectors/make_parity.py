@@ -1,7 +1,7 @@
 """Make parity.npz: what Hugging Face's DeepSeek-V3 computes on tiny models, for a test that needs no Hugging Face.
 
     pip install numpy torch==2.13.0 transformers==5.23.0
-    python make_parity.py        # some seconds on one core; writes parity.npz beside this file
+    python make_parity.py        # some seconds on one core; writes parity.npz and shipped.npz beside this file
 
 The judge is independent: nothing here imports the file under test. Every operation runs in float64, also those that
 HF's modeling code asks to run in float32, so that another float64 implementation must agree to rounding.
@@ -24,6 +24,9 @@ all pairs of s at once.
 
 Weights are not stored but made from their names by `formula`. Then tensors whose name ends with a key of `scale` are
 multiplied by its value, and those whose name ends with a key of `shift` get its value added.
+
+shipped.npz is what HF makes of the checkpoint in the directory above, loaded as anyone would, in float32: of a text its
+token ids and logits (`text`, `tokens`, `lm_head`), and the greedy continuation of a prompt (`prompt`, `greedy`).
 """
 
 import copy
@@ -232,10 +235,28 @@ def make(case):
     return texts | {name: x.numpy() for name, x in ({"tokens": tokens[0]} | arrays).items()}
 
 
+def shipped():
+    """The checkpoint in the directory above, through from_pretrained."""
+    directory = Path(__file__).resolve().parents[1]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    text, prompt = (
+        'Once upon a time, a dog named Max sat in a café. "Hi!" said Lily,\n and 3 birds flew',
+        "Once upon a time",
+    )
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    begun = tokenizer(prompt, return_tensors="pt").input_ids
+    greedy = model.generate(begun, max_new_tokens=200, do_sample=False)[0, begun.shape[1] :]
+    arrays = {"tokens": tokens[0], "lm_head": model(tokens).logits[0], "greedy": greedy}
+    return {"text": text, "prompt": prompt} | {name: x.numpy() for name, x in arrays.items()}
+
+
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    with torch.no_grad():
+        np.savez_compressed(Path(__file__).with_name("shipped.npz"), **shipped())
     torch.set_default_dtype(torch.float64)
     with torch.no_grad(), Float64():
         cases = {case: make(case) for case in CASES}
