@@ -1229,8 +1229,10 @@ def choose_device(wanted):
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as e:
-        if e.status == 35:  # cudaErrorInsufficientDriver, which is also what a missing driver gives
-            return no("the NVIDIA driver is missing or older than CuPy's CUDA", "install or update it, see nvidia-smi")
+        if e.status == 35 and runtime.driverGetVersion() == 0:  # cudaErrorInsufficientDriver
+            return no("no NVIDIA driver is installed", "install it: nvidia-smi should list the GPU")
+        if e.status == 35:
+            return no("the NVIDIA driver is older than CuPy's CUDA", "update it, or install the wheel that fits it")
         return no(f"CUDA answers {_first_line(e)}", "see nvidia-smi")
     if not count:
         return no("the driver sees no GPU", "see nvidia-smi and CUDA_VISIBLE_DEVICES")

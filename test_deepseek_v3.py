@@ -8,6 +8,7 @@ stated with the test. Parity is with Hugging Face transformers, whose activation
 """
 
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -1338,6 +1339,159 @@ def test_weights_of_any_size_make_no_warning(factor):
     assert len(generated([[1], [2, 3]], w, GUESSABLE, 8, dsv3.Sampling(1e-300))[0]) == 8
 
 
+# ---- CuPy's rules, without CuPy --------------------------------------------------------------------------------------
+# A stand-in with NumPy's numbers: what runs under it, and gives the same bits, asks nothing of CuPy that CuPy lacks.
+
+API = json.loads((WEIGHTS / "vectors" / "cupy_api.json").read_text())  # names and parameters of the real package
+
+
+class Device:
+    """An array that meets no host array, converts to none unless asked by `get`, and has CuPy's members only."""
+
+    __array_ufunc__, __hash__ = None, None
+
+    def __init__(self, host):
+        self.host = host
+
+    def __array__(self, *_, **__):
+        raise TypeError("implicit conversion to a host array")
+
+    def __array_function__(self, function, *_):
+        raise TypeError(f"numpy.{function.__name__} given a device array")
+
+    def __getattr__(self, name):
+        if name not in API["methods"]:
+            raise AttributeError(f"cupy.ndarray has no {name}")
+        if name == "get":
+            return lambda: self.host.copy()
+        value = getattr(self.host, name)
+        return strict(name, value, API["methods"][name]) if callable(value) else to_strict(value)
+
+    def __len__(self):
+        return len(self.host)
+
+    def __bool__(self):
+        raise TypeError("a truth value would wait for the device")
+
+    __float__ = __int__ = __index__ = __iter__ = __bool__
+
+    def __getitem__(self, index):
+        return to_strict(self.host[to_index(index)])
+
+    def __setitem__(self, index, value):
+        index = to_index(index)
+        touched = np.zeros(self.host.shape, int)
+        np.add.at(touched, index, 1)
+        assert touched.max(initial=0) <= 1, "an element assigned twice: on a GPU either value may stay"
+        self.host[index] = to_numpy(value)
+
+
+def operation(name):
+    return lambda self, *others: to_strict(getattr(self.host, name)(*map(to_numpy, others)))
+
+
+for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "and", "or", "lshift", "rshift"):
+    for form in (f"__{name}__", f"__r{name}__"):
+        setattr(Device, form, operation(form))
+for name in ("neg", "abs", "invert", "lt", "le", "eq", "ne", "gt", "ge"):
+    setattr(Device, f"__{name}__", operation(f"__{name}__"))
+
+
+def to_strict(value):
+    return Device(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def to_numpy(value):
+    """What a call was given, for NumPy: device arrays unwrapped, host arrays refused."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_numpy, value))
+    if isinstance(value, np.ndarray):
+        raise TypeError("a host array meets the device")
+    return value.host if isinstance(value, Device) else value
+
+
+def to_index(index):
+    for part in index if isinstance(index, tuple) else (index,):
+        if isinstance(part, (list, np.ndarray)) or (isinstance(part, Device) and part.host.dtype == bool):
+            raise TypeError("an index that uploads, or waits for the device")
+    return to_numpy(index)
+
+
+def strict(name, function, parameters):
+    """The function, called only with parameters that CuPy's has."""
+
+    def call(*args, **kwargs):
+        if parameters is not None:
+            spread = any(parameter.startswith("*") for parameter in parameters)
+            assert spread or len(args) <= len(parameters), f"cupy.{name} takes {parameters}"
+            assert set(kwargs) <= set(parameters), f"cupy.{name} takes {parameters}, not {list(kwargs)}"
+        if name in ("sort", "argsort"):
+            assert kwargs.get("kind") == "stable", "the order of equal keys is NumPy's own"
+        if name == "asarray":  # the upload
+            return args[0] if isinstance(args[0], Device) else to_strict(np.array(args[0], **kwargs))
+        return to_strict(function(*to_numpy(args), **{key: to_numpy(value) for key, value in kwargs.items()}))
+
+    return call
+
+
+class Strict:
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in API["names"]:
+            raise AttributeError(f"cupy has no {name}")
+        value = getattr(np, name)
+        return strict(name, value, API["names"][name]) if callable(value) and not isinstance(value, type) else value
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_under_cupys_rules_the_bits_are_numpys(tmp_path, monkeypatch, dtype):
+    """Checkpoint (FP8 and BF16), trace, generation with speculation and sampling, and the objective."""
+    directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantized(make_weights(GUESSABLE)))
+    prompts, tokens = [[1, 2, 3, 0, 1], [3]], make_tokens(GUESSABLE, 0, 2, 7)
+
+    def everything():
+        w, stats = dsv3.Checkpoint(directory, GUESSABLE, dtype), dsv3.Stats()
+        named = dsv3.trace(prompts, w, GUESSABLE)
+        rows = [generated(prompts, w, GUESSABLE, 12, dsv3.Sampling(t), stats=stats) for t in (0, 1.0)]
+        loss, parts = dsv3.training_objective(w, tokens, GUESSABLE)
+        gate = "model.layers.1.mlp.gate"
+        bias = dsv3.update_bias(w[f"{gate}.e_score_correction_bias"], parts["load"][gate], 0.5)
+        return named, rows, stats.accepted, [dsv3.to_host(x).tolist() for x in (loss, bias)]
+
+    expected = everything()
+    monkeypatch.setattr(dsv3, "xp", Strict())
+    got = everything()
+    assert expected[1:] == got[1:] and expected[2] > 0
+    for name, x in expected[0].items():
+        assert isinstance(got[0][name], np.ndarray) and got[0][name].tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("breach", [
+    lambda xp, a: np.asarray(a), lambda xp, a: np.exp(a), lambda xp, a: a + np.ones(3), lambda xp, a: np.ones(3) + a,
+    lambda xp, a: xp.exp(np.ones(3)), lambda xp, a: xp.concatenate([a, np.ones(3)]), lambda xp, a: xp.vecdot(a, a),
+    lambda xp, a: xp.argsort(a), lambda xp, a: xp.argsort(a, stable=True), lambda xp, a: xp.sum(a, where=a > 0),
+    lambda xp, a: xp.take(a, 0, mode="clip"), lambda xp, a: a[np.array([0])], lambda xp, a: a[[0]],
+    lambda xp, a: a[a > 0], lambda xp, a: float(a[0]), lambda xp, a: bool(a[0] > 0), lambda xp, a: a.ctypes,
+    lambda xp, a: a.__setitem__(xp.asarray(np.array([0, 0])), 1.0), lambda xp, a: list(a), lambda xp, a: xp.errstate,
+])  # fmt: skip
+def test_the_stand_in_refuses_what_cupy_refuses(breach):
+    xp = Strict()
+    with pytest.raises((TypeError, AttributeError, AssertionError)):
+        breach(xp, xp.asarray(np.arange(3.0)))
+
+
+def test_the_stand_in_knows_cupys_names():
+    """Where CuPy is installed (importing it needs no GPU), the names and parameters shipped as data are its own."""
+    cupy = pytest.importorskip("cupy")
+    if cupy.__version__ != API["version"]:
+        pytest.skip(f"the data is of CuPy {API['version']}, {cupy.__version__} is installed")
+    for kind, owner in (("names", cupy), ("methods", cupy.ndarray)):
+        for name, parameters in API[kind].items():
+            member = getattr(owner, name)
+            if parameters is not None and inspect.isfunction(member):
+                own = [p.name for p in inspect.signature(member).parameters.values() if p.kind != p.VAR_KEYWORD]
+                assert [parameter.lstrip("*") for parameter in parameters] == own, name
+
+
 # ---- 10. Command line ------------------------------------------------------------------------------------------------
 
 STATISTICS = re.compile(
@@ -1473,16 +1627,17 @@ def test_weights_stored_in_the_dtype_of_the_computation_stay_mapped(small):
 
 
 class FakeCUDAError(RuntimeError):
-    def __init__(self, status):
+    def __init__(self, status, driver=None):
         super().__init__(f"cuda error {status}")
-        self.status = status
+        self.status, self.driver = status, driver
 
 
 @pytest.mark.parametrize("answer, said", [
     (ModuleNotFoundError("x", name="cupy"), "CuPy is not installed"),
     (ModuleNotFoundError("x", name="fastrlock"), "CuPy lacks fastrlock"),
     (ImportError("libx is missing\nlong story"), "CuPy does not import (libx is missing)"),
-    (FakeCUDAError(35), "driver is missing or older"),
+    (FakeCUDAError(35, driver=0), "no NVIDIA driver is installed"),
+    (FakeCUDAError(35, driver=12020), "driver is older than CuPy's CUDA"),
     (FakeCUDAError(3), "CUDA answers cuda error 3"),
     (0, "the driver sees no GPU"),
     (1, "CUDA's libraries do not load (no cublas)"),
@@ -1501,7 +1656,8 @@ def test_each_reason_for_having_no_gpu_is_one_line_and_auto_takes_the_cpu(monkey
             if name == "cupy":
                 raise answer
 
-    runtime = types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=FakeCUDAError)
+    calls = {"getDeviceCount": count, "driverGetVersion": lambda: answer.driver}
+    runtime = types.SimpleNamespace(**calls, CUDARuntimeError=FakeCUDAError)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime), ones=ones)
     if isinstance(answer, ImportError):
         monkeypatch.delitem(sys.modules, "cupy", raising=False)
