@@ -1293,7 +1293,7 @@ class Text:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception for a malformed file
-            raise InputError(f"{path}: {e}") from None
+            raise InputError(f"{path}: {_first_line(e)}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)

@@ -1848,6 +1848,19 @@ def test_a_template_that_is_missing_broken_or_hostile_is_refused(tmp_path, capsy
     assert said in capsys.readouterr().err
 
 
+def test_a_malformed_tokenizer_is_refused_in_one_line_and_its_truncation_is_ignored(tmp_path, capsys):
+    shutil.copytree(WEIGHTS, tmp_path / "w", ignore=shutil.ignore_patterns("vectors"))
+    file = tmp_path / "w" / "tokenizer.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    file.write_text(json.dumps(settings))
+    assert len(dsv3.Text(tmp_path / "w").encode("Once upon a time there was a dog")) > 4
+    file.write_text('{"model": 1}')
+    assert dsv3.main(["--weights", str(tmp_path / "w")]) == 2
+    err = capsys.readouterr().err
+    assert str(file) in err and err.count("\n") == 1
+
+
 def test_an_unwritable_trace_is_refused_before_the_work_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     (tmp_path / "t.npz").mkdir()
     for path in (tmp_path / "t.npz", tmp_path / "none" / "t.npz", WEIGHTS / "config.json" / "t.npz", os.devnull, ""):
