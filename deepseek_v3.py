@@ -210,8 +210,8 @@ def swiglu(x, w, name):
 def softmax(x):
     """Over the last axis, in float32 or better, returned in x's dtype. A row needs one entry above -inf.
 
-    What is subtracted cancels; it need only be near the maximum. Rounded, it has no gradient, which spares training a
-    tenth of its time.
+    What is subtracted cancels; it need only be near the maximum. Rounded, it has no gradient, which spares training
+    the costly one through the maximum.
     """
     x_wide = wide(x)
     e = xp.exp(x_wide - xp.floor(xp.max(x_wide, axis=-1, keepdims=True)))

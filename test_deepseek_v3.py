@@ -585,9 +585,10 @@ def test_one_constant_on_all_biases_changes_nothing(cfg, seed, constant):
 @given(configs(), seeds)
 def test_the_bias_never_enters_a_gate(cfg, seed):
     w, x = gate_weights(cfg, seed)
-    (dense, chosen), score = (routed(x, w, cfg),) * 2, 1 / (1 + np.exp(-x @ w["mlp.gate.weight"].T))
-    total = np.where(chosen > 0, score, 0).sum(-1, keepdims=True) if cfg.norm_topk_prob else 1
-    assert_close(dense, np.where(chosen > 0, score / total * cfg.routed_scaling_factor, 0))
+    dense, score = routed(x, w, cfg), 1 / (1 + np.exp(-x @ w["mlp.gate.weight"].T))
+    chosen = dense != 0
+    total = np.where(chosen, score, 0).sum(-1, keepdims=True) if cfg.norm_topk_prob else 1
+    assert_close(dense, np.where(chosen, score / total * cfg.routed_scaling_factor, 0))
 
 
 @given(configs(), seeds)
@@ -1665,17 +1666,11 @@ def test_each_reason_for_having_no_gpu_is_one_line_and_auto_takes_the_cpu(monkey
     else:
         monkeypatch.setitem(sys.modules, "cupy", cupy)
     namespace, reason = dsv3.choose_device("auto")
-    assert namespace is np and reason == f"cpu: {said}" or said in reason
+    assert namespace is np and reason.startswith("cpu: ") and said in reason
+    assert dsv3.choose_device("cpu")[0] is np
     with pytest.raises(dsv3.InputError, match=re.escape(said)) as refusal:
         dsv3.choose_device("gpu")
     assert "\n" not in str(refusal.value)
-
-
-def test_a_gpu_that_is_not_there_is_said_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    assert dsv3.choose_device("cpu")[0] is np and dsv3.choose_device("auto")[0] is np
-    with pytest.raises(dsv3.InputError, match="CuPy is not installed"):
-        dsv3.choose_device("gpu")
 
 
 # ---- The shipped checkpoint ------------------------------------------------------------------------------------------
