@@ -6,7 +6,7 @@ skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py s
     component    definition                        computation                           equal because
     attention    mla_naive: keys of every head     mla_absorbed: one shared latent key   (W_UK c) . q = c . (W_UK^T q)
     context      forward, whole sequence           forward with a Cache, in any chunks   the past never sees the future
-    experts      moe_all: sum over all experts     moe_chosen: chosen experts only       the other gates are 0
+    experts      moe_all: sum over all experts     moe_chosen, or moe_gathered for few   the other gates are 0
     generation   one token a pass                  MTP drafts, the main model verifies   the rejection rule
 
 `forward` without a cache is the definition throughout; with one it is the computation, which takes the cheaper form of
@@ -34,9 +34,11 @@ checks them as functions return.
 import argparse
 import contextlib
 import contextvars
+import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -44,7 +46,9 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections import Counter, deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -180,7 +184,9 @@ class Config:
 
 def linear(x, w, name):
     """W x, plus the bias where the checkpoint has one. x (..., in), `name.weight` (out, in) -> (..., out)."""
-    y = x.reshape(-1, x.shape[-1]) @ w[f"{name}.weight"].T
+    x_MX = x.reshape(-1, x.shape[-1])
+    parts = [x_MX @ band_YX.T for band_YX in bands(w[f"{name}.weight"])]
+    y = xp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     if f"{name}.bias" in w:
         y = y + w[f"{name}.bias"]
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -469,18 +475,22 @@ def route(x_BTD, w, name, cfg):
     return index_BTK, record(f"{name}.gate.weights", gate_BTK * cfg.routed_scaling_factor)
 
 
+def stacked(w, name, part, cfg):
+    """One matrix, gate, up or down, of all experts -> (E, out, in): as w keeps it, or else put together now."""
+    if (key := f"{name}.experts.{part}_proj.weight") in w:
+        return w[key]
+    return stack([w[f"{name}.experts.{e}.{part}_proj.weight"] for e in range(cfg.n_routed_experts)])
+
+
 def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """Definition, the routed sum of eq. (12) over *all* experts, the gates of the unselected being 0.
 
     The experts' matrices are laid side by side, so that the sum over experts is part of the last of three large
     products, which is how training runs it. The gate multiplies before W_down instead of after: they commute.
     """
-    E = cfg.n_routed_experts
+    E, D = cfg.n_routed_experts, x_BTD.shape[-1]
     gate_BTE = xp.sum(xp.where(one_hot(index_BTK, E), gate_BTK[..., None], 0), axis=-2).astype(x_BTD.dtype)
-    w_gate, w_up, w_down = (
-        xp.stack([w[f"{name}.experts.{e}.{part}_proj.weight"] for e in range(E)]) for part in ("gate", "up", "down")
-    )
-    D = x_BTD.shape[-1]
+    w_gate, w_up, w_down = (stacked(w, name, part, cfg) for part in ("gate", "up", "down"))
     a, b = x_BTD @ w_gate.reshape(-1, D).T, x_BTD @ w_up.reshape(-1, D).T
     h_BTEX = (a * sigmoid(a) * b).reshape(*x_BTD.shape[:2], E, -1) * gate_BTE[..., None]
     return h_BTEX.reshape(*x_BTD.shape[:2], -1) @ w_down.transpose(0, 2, 1).reshape(-1, D)
@@ -497,11 +507,33 @@ def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     return y_MD.reshape(x_BTD.shape)
 
 
-def moe(x_BTD, w, name, cfg, routed):
-    """Eq. (12) less its residual: the shared experts, one MLP of their joint width, plus the gated routed ones, whose
-    sum is taken by `routed`: moe_all or moe_chosen."""
+def moe_gathered(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+    """Computation for few tokens: the chosen matrices are copied side by side, where they lie, and all multiplied at
+    once. A few large calls, and the host need not wait for a GPU to say which experts were chosen."""
+    x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), index_BTK.reshape(-1, index_BTK.shape[-1])
+    a, b = (stacked(w, name, part, cfg)[index_MK] @ x_MD[:, None, :, None] for part in ("gate", "up"))
+    y_MKD = (stacked(w, name, "down", cfg)[index_MK] @ (a * sigmoid(a) * b))[..., 0]
+    gate_MK = gate_BTK.reshape(index_MK.shape).astype(x_BTD.dtype)
+    return xp.sum(gate_MK[..., None] * y_MKD, axis=1).reshape(x_BTD.shape)
+
+
+def gathering_is_cheaper(M, w, name, cfg):
+    """Whether the copy of M K matrices of one kind is cheaper than a walk through the chosen experts: on the CPU if it
+    is small, on a GPU if it fits easily, to spare the wait; and only where w keeps all experts together."""
+    elements = M * cfg.num_experts_per_tok * cfg.hidden_size * cfg.moe_intermediate_size
+    return elements <= (2**19 if xp is np else 2**28) and f"{name}.experts.gate_proj.weight" in w
+
+
+def moe(x_BTD, w, name, cfg, cache):
+    """Eq. (12) less its residual: the shared experts, one MLP of their joint width, plus the gated routed ones; the
+    definition without a cache, the cheaper computation with one."""
     index_BTK, gate_BTK = route(x_BTD, w, name, cfg)
-    y_BTD = routed(x_BTD, w, name, index_BTK, gate_BTK, cfg)
+    if cache is None:
+        form = moe_all
+    else:
+        M = x_BTD.shape[0] * x_BTD.shape[1]
+        form = moe_gathered if gathering_is_cheaper(M, w, name, cfg) else moe_chosen
+    y_BTD = form(x_BTD, w, name, index_BTK, gate_BTK, cfg)
     return y_BTD + swiglu(x_BTD, w, f"{name}.shared_experts") if cfg.n_shared_experts else y_BTD
 
 
@@ -546,7 +578,7 @@ def block(x_BTD, w, layer, cfg, at, cache):
     if cfg.is_dense(layer):
         y_BTD = swiglu(normed_BTD, w, f"{name}.mlp")
     else:
-        y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, moe_all if cache is None else moe_chosen)
+        y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, cache)
     return record(name, x_BTD + record(f"{name}.mlp", y_BTD))
 
 
@@ -644,7 +676,8 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------------------------
-# A directory in the Hugging Face layout: config.json is checked, safetensors are mapped, tensors decoded at first use.
+# A directory in the Hugging Face layout: config.json is checked, safetensors are mapped, tensors decoded when used, and
+# kept as long as there is room.
 
 
 def read_json(path):
@@ -804,6 +837,7 @@ def tensor_shapes(cfg):
 
 
 BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last of a row or column cropped
+BAND = 2**22  # elements, 16 MB in float32: what is decoded and multiplied at a time; on a GPU 64 times as many
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
 
 
@@ -819,7 +853,7 @@ def read_safetensors(path):
             length = int.from_bytes(file.read(8), "little")
             _require(size >= 8 and length <= size - 8, f"{path}: truncated: its header does not fit in {size} bytes")
             header = json.loads(file.read(length).decode("utf-8"))
-            mapped = np.memmap(file, np.uint8, "r")
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
@@ -834,7 +868,7 @@ def read_safetensors(path):
         except (KeyError, TypeError, ValueError):
             sound = False
         _require(sound and len(shape) < 9, f"{path}: the header's entry for {name!r} is malformed or outside the file")
-        tensors[name] = dtype, np.asarray(data[begin:end])
+        tensors[name] = dtype, data[begin:end]
         if dtype in STORED:
             needed = math.prod(shape) * np.dtype(STORED[dtype]).itemsize
             _require(end - begin == needed, f"{path}: {name!r} has {end - begin} bytes, its shape needs {needed}")
@@ -861,13 +895,122 @@ def dequantize(code, scale):
     return xp.take(to_device(e4m3_values()), code) * scale
 
 
+@functools.cache
+def e4m3_pairs():
+    """The values of two neighbouring codes, for each 16 bits that hold them: half as many look-ups."""
+    value, pair = e4m3_values(), np.arange(2**16)
+    return np.stack([value[pair & 255], value[pair >> 8]], axis=-1).view(np.complex64)[:, 0]
+
+
+def dequantize_on_cpu(code, scale):
+    """Computation: the same in NumPy, two codes a look-up, a row of blocks at a time while it is in the CPU's cache."""
+    rows, columns = code.shape
+    out = np.empty((rows, columns), np.float32)
+    for top, scale_X in zip(range(0, rows, BLOCK), scale, strict=True):
+        part, codes = out[top : top + BLOCK], code[top : top + BLOCK]
+        if columns % 2 == 0:
+            np.take(e4m3_pairs(), codes.view(np.uint16), out=part.view(np.complex64), mode="clip")
+        else:
+            np.take(e4m3_values(), codes, out=part, mode="clip")
+        part *= np.repeat(scale_X, BLOCK)[:columns]
+    return out
+
+
 def decode(dtype, stored, scale=None):
     """A stored tensor as an array of `xp` in a dtype that computes: F8 (with its decoded scale) and BF16 exactly as
     float32, others as they are. What travels to the device is the stored form."""
     stored = to_device(stored)
     if dtype == "F8_E4M3":
-        return dequantize(stored, scale)
+        return dequantize_on_cpu(stored, scale) if xp is np else dequantize(stored, scale)
     return (stored.astype(xp.uint32) << 16).view(xp.float32) if dtype == "BF16" else stored
+
+
+def bands(weight):
+    """The rows of a matrix in bands of some BAND elements, one after the other. Products go by them wherever the
+    matrix lies, so that results do not depend, in any bit, on where that is."""
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    step = max(BLOCK, (BAND if xp is np else 64 * BAND) // columns // BLOCK * BLOCK)
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return weight.ahead(parts) if isinstance(weight, OnDisk) else (weight[part] for part in parts)
+
+
+def stack(matrices):
+    """Matrices of one shape (rows, columns), in memory or not -> (n, rows, columns)."""
+    return xp.concatenate([band for matrix in matrices for band in bands(matrix)]).reshape(-1, *matrices[0].shape)
+
+
+@functools.cache
+def _threads():
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+class OnDisk:
+    """A matrix for which there is no room in memory: it is decoded anew at each use, on the CPU by all its cores, a few
+    bands ahead of the products."""
+
+    def __init__(self, stored, scale, dtype):
+        (self.stored_as, self.stored), self.scale, self.dtype, self.shape = stored, scale, dtype, stored[1].shape
+
+    def rows(self, part):
+        """Rows part.start to part.stop, decoded; with FP8 the first one must begin a block."""
+        stored = self.stored[part]
+        scale = self.scale if self.scale is None else self.scale[part.start // BLOCK : -(-part.stop // BLOCK)]
+        decoded = decode(self.stored_as, stored, scale).astype(self.dtype, copy=False)
+        _forget(stored)
+        return decoded
+
+    def ahead(self, parts):
+        """The decoded rows of each part, in turn."""
+        if xp is not np:  # a GPU runs behind as it is, and CuPy uploads through pinned buffers that it uses again
+            yield from map(self.rows, parts)
+            return
+        waiting, pool = deque(), _threads()
+        for part in parts:
+            waiting.append(pool.submit(self.rows, part))
+            if len(waiting) > os.cpu_count() + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def whole(self):
+        if xp is not np or self.stored.size <= BAND:
+            return self.rows(slice(0, self.shape[0]))
+        out, top = np.empty(self.shape, self.dtype), 0
+        for band in bands(self):
+            out[top : top + len(band)] = band
+            top += len(band)
+        return out
+
+    def reshape(self, *shape):
+        return self.whole().reshape(*shape)
+
+    def __getitem__(self, index):
+        """Rows by an array of ids, as of an embedding: these alone are decoded."""
+        ids, block = to_host(index), BLOCK if self.stored_as == "F8_E4M3" else 1
+        rows = [self.rows(slice(i - i % block, i + 1))[-1] for i in ids.flat]
+        return xp.stack(rows).reshape(*ids.shape, -1)
+
+
+def _forget(stored):
+    """Let the system take back the memory behind mapped bytes, which would count as ours: they are read again when
+    needed, from its cache of the file if that has them still."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped, start = stored.base.base.obj, stored.ctypes.data - stored.base.ctypes.data
+        start -= start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, stored.ctypes.data + stored.nbytes - stored.base.ctypes.data - start)
+
+
+def free_memory():
+    """Bytes that are free on the GPU, or else on the machine, within the limit of the container; infinite where the
+    system does not tell."""
+    if xp is not np:
+        return xp.cuda.runtime.memGetInfo()[0]
+    machine, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not machine.exists():
+        return math.inf
+    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", machine.read_text())[1])
+    limit = container.read_text().strip() if container.exists() else "max"
+    return free if limit == "max" else min(free, int(limit))
 
 
 class Checkpoint(Mapping):
@@ -875,11 +1018,18 @@ class Checkpoint(Mapping):
 
     directory: holds model.safetensors, or shards and model.safetensors.index.json. Only the tensors of `tensor_shapes`
     are members, each checked for its presence and shape now; those of absent MTP modules are not. `unused` lists what
-    the files hold beyond that. Raises InputError.
+    the files hold beyond that. `{layer}.mlp.experts.{part}_proj.weight` is that part of all experts, stacked.
+
+    memory: bytes that decoded tensors may take, by default 70 % of what is free. What finds no room is decoded at each
+    use, the large matrices as `OnDisk`. A tensor is kept when it is first used if there is room, and later takes the
+    room of others that were used less often by two or more. So of layers walked through in turn, always the same ones
+    stay (keeping the latest would keep none), and of experts those that are often chosen. Raises InputError.
     """
 
-    def __init__(self, directory, cfg, dtype=np.float32):
-        directory, self.dtype, self._decoded = Path(directory), np.dtype(dtype), {}
+    def __init__(self, directory, cfg, dtype=np.float32, memory=None):
+        directory, self.dtype = Path(directory), np.dtype(dtype)
+        self.memory = 0.7 * free_memory() if memory is None else memory
+        self._kept, self._taken, self._uses = {}, 0, Counter()
         self.stored = stored = _read_shards(directory)
         cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(stored, cfg))
         self._shapes = tensor_shapes(cfg)
@@ -903,17 +1053,50 @@ class Checkpoint(Mapping):
         unused = set(stored) - set(self._shapes) - scales
         self.unused = sorted(name for name in unused if not name.endswith(shared))
 
+        self._all_fit = sum(map(math.prod, self._shapes.values())) * self.dtype.itemsize <= self.memory
+        self._stacks = {}
+        for name in self._shapes:
+            if (xp is np or self._all_fit) and (of := re.fullmatch(r"(.*\.mlp\.experts)\.\d+(\..*)", name)):
+                self._stacks.setdefault(of[1] + of[2], []).append(name)
+
     def __getitem__(self, name):
-        if name not in self._decoded:
-            dtype, stored = self.stored[name]
-            scale = decode(*self.stored[f"{name}_scale_inv"]) if dtype == "F8_E4M3" else None
-            routing = ".mlp.gate." in name  # in float32 or better
-            wanted = np.promote_types(self.dtype, np.float32) if routing else self.dtype
-            self._decoded[name] = decode(dtype, stored, scale).astype(wanted, copy=False)
-        return self._decoded[name]
+        self._uses[name] += 1
+        if name in self._kept:
+            return self._kept[name]
+        if name in self._stacks:
+            return self._stack(name)
+        dtype, stored = self.stored[name]
+        routing = ".mlp.gate." in name  # in float32 or better
+        wanted = np.promote_types(self.dtype, np.float32) if routing else self.dtype
+        if xp is np and stored.dtype == wanted:
+            return stored
+        scale = decode(*self.stored[f"{name}_scale_inv"]) if dtype == "F8_E4M3" else None
+        tensor = OnDisk(self.stored[name], scale, wanted)
+        if self._make_room(name, stored.size * wanted.itemsize):
+            self._kept[name] = tensor.whole()
+            return self._kept[name]
+        return tensor if stored.ndim == 2 and not routing else tensor.whole()
+
+    def _stack(self, name):
+        """All experts' matrices as one array. If it stays, the matrices by their own names become views of it."""
+        names = self._stacks[name]
+        whole = stack([self[each] for each in names])
+        if self._all_fit:
+            self._kept |= {name: whole} | {each: whole[e] for e, each in enumerate(names)}
+        return whole
+
+    def _make_room(self, name, size):
+        """Whether there is room for a tensor to stay, made if need be at the cost of tensors used less."""
+        while self._taken + size > self.memory:
+            least = min(self._kept, key=self._uses.__getitem__, default=name)
+            if self._uses[least] + 1 >= self._uses[name]:
+                return False
+            self._taken -= self._kept.pop(least).nbytes
+        self._taken += size
+        return True
 
     def __contains__(self, name):
-        return name in self._shapes
+        return name in self._shapes or name in self._stacks
 
     def __iter__(self):
         return iter(self._shapes)
@@ -1399,12 +1582,14 @@ def parse_arguments(argv):
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text")
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): the GPU if there is one")
     add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
+    add("--memory", type=float, metavar="GB", help="for decoded weights; default: 70%% of what is free")
     add("--no-mtp", action="store_true", help="decode without speculation")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
     add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs (exit code 1)")
     add("--inspect", action="store_true", help="count parameters and cache, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
+    _require(args.memory is None or args.memory >= 0, f"--memory must be 0 or more, not {args.memory}")
     _require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
     _require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
     alone = args.tokens or args.trace is not None or args.compare is not None
@@ -1495,7 +1680,7 @@ def run(args):
     xp, _ = choose_device(args.device)
     cfg = read_config(args.weights)
     text = None if args.tokens else Text(args.weights)
-    w = Checkpoint(args.weights, cfg, args.dtype)
+    w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
     if w.unused:
         say(f"note: {len(w.unused)} tensors have no place in the model and stay unread: {w.unused[0]} ...")
     session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, not args.no_mtp)

@@ -1,0 +1,71 @@
+"""Draw curves.svg from the logs of a run of train.py and of its control, and print the figures of README.md.
+
+    pip install numpy matplotlib
+    python weights/curves.py my-weights/state/log.jsonl control/state/log.jsonl
+
+The control is the same run with --no-bias-update; it may be shorter: the loads compared are those of both runs' steps
+from 1,000 before the shorter one's end.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same logs, the same bytes
+from matplotlib import pyplot as plt  # noqa: E402
+
+LAST = 1000  # steps over which loads are added up and violations averaged
+
+
+def violation(load_SLE):
+    """MaxVio of each step and layer (arXiv:2408.15664, eq. 4)."""
+    return load_SLE.max(-1) / load_SLE.mean(-1) - 1
+
+
+def smooth(values, width=50):
+    return np.convolve(values, np.ones(width) / width, "valid")
+
+
+def main(paths):
+    runs = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
+    loads = [np.array([step["load"] for step in run], float) for run in runs]
+    end = min(map(len, runs))
+    names = ["with the bias update", "without"]
+    for name, load_SLE in zip(names, loads, strict=True):
+        worst = violation(load_SLE)
+        print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
+              f"{worst[end - LAST:end].mean():.2f}, last {LAST} {worst[-LAST:].mean():.2f}")  # fmt: skip
+
+    layers = loads[0].shape[1]
+    figure = plt.figure(figsize=(10, 6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    loss, valid, balance = top.subplots(1, 3)
+    for key, label in (("main", "next token"), ("mtp", "MTP, the one after")):
+        loss.plot(smooth([step[key] for step in runs[0]]), label=label, linewidth=0.8)
+    loss.set(title="training loss, nats a token", xlabel="step", ylim=(1, 5))
+    loss.legend()
+    held = [(step["step"], step["validation_bits_per_byte"]) for step in runs[0] if "validation_bits_per_byte" in step]
+    valid.plot(*zip(*held, strict=True))
+    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.75, 1.5))
+    valid.grid(alpha=0.3)
+    for name, load_SLE in zip(names, loads, strict=True):
+        balance.plot(smooth(violation(load_SLE).mean(1)), label=name, linewidth=0.8)
+    balance.set(title="MaxVio, mean of the layers", xlabel="step", ylim=(0, None))
+    balance.legend()
+    for layer, axes in enumerate(bottom.subplots(1, layers, sharey=True)):
+        for name, load_SLE, shift in zip(names, loads, (-0.2, 0.2), strict=True):
+            load_E = load_SLE[end - LAST : end, layer].sum(0)
+            axes.bar(np.arange(load_E.size) + shift, np.sort(load_E / load_E.mean())[::-1], 0.4, label=name)
+        axes.axhline(1, color="black", linewidth=0.5)
+        axes.set(title="MTP module" if layer == layers - 1 else f"layer {layer + 1}", xticks=[])
+    bottom.suptitle(f"load of each expert, largest first, in steps {end - LAST + 1} to {end}; 1 is its fair share")
+    axes.legend()
+    figure.savefig(Path(__file__).with_name("curves.svg"), metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
