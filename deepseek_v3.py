@@ -1021,9 +1021,9 @@ class Checkpoint(Mapping):
     the files hold beyond that. `{layer}.mlp.experts.{part}_proj.weight` is that part of all experts, stacked.
 
     memory: bytes that decoded tensors may take, by default 70 % of what is free. What finds no room is decoded at each
-    use, the large matrices as `OnDisk`. A tensor is kept when it is first used if there is room, and later takes the
-    room of others that were used less often by two or more. So of layers walked through in turn, always the same ones
-    stay (keeping the latest would keep none), and of experts those that are often chosen. Raises InputError.
+    use, the large matrices as `OnDisk`. A tensor stays if there is room, or in the room of others that were used less
+    often. So of layers walked through in turn always the same ones stay (keeping the latest would keep none), and of
+    experts those that are often chosen. Raises InputError.
     """
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
@@ -1089,7 +1089,7 @@ class Checkpoint(Mapping):
         """Whether there is room for a tensor to stay, made if need be at the cost of tensors used less."""
         while self._taken + size > self.memory:
             least = min(self._kept, key=self._uses.__getitem__, default=name)
-            if self._uses[least] + 1 >= self._uses[name]:
+            if self._uses[least] >= self._uses[name]:
                 return False
             self._taken -= self._kept.pop(least).nbytes
         self._taken += size
