@@ -158,6 +158,8 @@ class Config:
     n_shared_experts: int = 1  # N_s
     n_routed_experts: int = 256  # N_r
     num_experts_per_tok: int = 8  # K_r
+    scoring_func: str = "sigmoid"  # of the affinities; DeepSeek-V2: softmax
+    topk_method: str = "noaux_tc"  # with bias and groups; V2: group_limited_greedy, or greedy, without groups
     n_group: int = 8
     topk_group: int = 4  # M, the nodes a token may be sent to
     norm_topk_prob: bool = True
@@ -459,13 +461,18 @@ def route(x_BTD, w, name, cfg):
     topk_group groups whose two best biased affinities sum highest; eq. (13) gates from the affinities alone, divided by
     their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
     -inf; 0, as in older code, lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
+
+    DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) has softmax affinities, no bias, and groups ranked by their best one.
     """
-    weight_ED, bias_E = wide(w[f"{name}.gate.weight"]), wide(w[f"{name}.gate.e_score_correction_bias"])
-    score_BTE = record(f"{name}.gate.scores", sigmoid(wide(x_BTD) @ weight_ED.T))
-    choice_BTE = score_BTE + bias_E
-    if cfg.n_group > 1:
+    weight_ED = wide(w[f"{name}.gate.weight"])
+    affinity = sigmoid if cfg.scoring_func == "sigmoid" else softmax
+    score_BTE = record(f"{name}.gate.scores", affinity(wide(x_BTD) @ weight_ED.T))
+    biased = cfg.topk_method == "noaux_tc"
+    choice_BTE = score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"]) if biased else score_BTE
+    if cfg.n_group > 1 and cfg.topk_method != "greedy":
         choice_BTGX = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.n_group, -1)
-        group_BTG = xp.sum(xp.take_along_axis(choice_BTGX, top_k(choice_BTGX, 2), axis=-1), axis=-1)
+        best_BTGX = xp.take_along_axis(choice_BTGX, top_k(choice_BTGX, 2 if biased else 1), axis=-1)
+        group_BTG = xp.sum(best_BTGX, axis=-1)
         keep_BTG = xp.any(one_hot(top_k(group_BTG, cfg.topk_group), cfg.n_group), axis=-2)
         choice_BTE = xp.where(keep_BTG[..., None], choice_BTGX, -xp.inf).reshape(choice_BTE.shape)
     index_BTK = record(f"{name}.gate.indices", top_k(choice_BTE, cfg.num_experts_per_tok))
@@ -703,13 +710,13 @@ def read_config(path):
         raise InputError(f"{path}: {e}") from None
 
 
-IMPLEMENTED = {
-    "model_type": ("deepseek_v3", "kimi_k2"),
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
-}
+V3 = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "hidden_act": ("silu",), "moe_layer_freq": (1,)}
+V2 = V3 | {
+    "scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy"),
+    "norm_topk_prob": (False,),  # with true, DeepSeek's code leaves out routed_scaling_factor, HF the norm
+}  # fmt: skip
+FAMILY = {"deepseek_v3": V3, "kimi_k2": V3, "deepseek_v2": V2}  # model_type -> what each key may be, its default first
+V2_DEFAULTS = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0}
 NULL_MEANS = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}  # elsewhere: the default
 MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "n_routed_experts",
                "moe_intermediate_size", "mscale", "mscale_all_dim")  # fmt: skip
@@ -723,9 +730,14 @@ def parse_config(keys):
     """
     _require(isinstance(keys, dict), "must be a JSON object")
     given = {key: value for key, value in keys.items() if value is not None}
-    for key, allowed in IMPLEMENTED.items():
-        value = given.get(key, allowed[0])
+    model_type = given.get("model_type", "deepseek_v3")
+    _require(isinstance(model_type, str) and model_type in FAMILY,
+             f"model_type {model_type!r} is not implemented, only {' or '.join(map(repr, FAMILY))}")  # fmt: skip
+    for key, allowed in FAMILY[model_type].items():
+        value = given.setdefault(key, allowed[0])
         _require(value in allowed, f"{key} {value!r} is not implemented, only {' or '.join(map(repr, allowed))}")
+    if model_type == "deepseek_v2":
+        given = V2_DEFAULTS | given
     heads = given.get("num_attention_heads", Config.num_attention_heads)
     _require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must equal "
              "num_attention_heads: MLA expands its latent to keys and values of every head")  # fmt: skip
@@ -774,9 +786,10 @@ def check_config(cfg):
         E, G, kept = cfg.n_routed_experts, cfg.n_group, cfg.topk_group
         _require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
         _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
-        _require(G == 1 or E // G >= 2, f"n_group {G} leaves one expert a group, whose score needs its best two")
+        single = G == 1 or cfg.topk_method != "noaux_tc"
+        _require(single or E // G >= 2, f"n_group {G} leaves one expert a group, whose score needs its best two")
         _require(kept <= G, f"topk_group {kept} must be at most n_group {G}")
-        choice = kept * E // G
+        choice = E if cfg.topk_method == "greedy" else kept * E // G
         _require(cfg.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, the number of "
                  "experts in topk_group groups")  # fmt: skip
 
@@ -827,7 +840,9 @@ def tensor_shapes(cfg):
         if cfg.is_dense(layer):
             mlp(f"{name}.mlp", cfg.intermediate_size)
             continue
-        shapes[f"{name}.mlp.gate.weight"], shapes[f"{name}.mlp.gate.e_score_correction_bias"] = (E, D), (E,)
+        shapes[f"{name}.mlp.gate.weight"] = (E, D)
+        if cfg.topk_method == "noaux_tc":
+            shapes[f"{name}.mlp.gate.e_score_correction_bias"] = (E,)
         if cfg.n_shared_experts:
             mlp(f"{name}.mlp.shared_experts", cfg.n_shared_experts * cfg.moe_intermediate_size)
         for e in range(E):

@@ -168,6 +168,12 @@ RELEASE = {  # the release's config.json, abridged to what matters
 }  # fmt: skip
 
 
+V2_LITE = {  # what its config.json says differently
+    "model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "q_lora_rank": None, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+
+
 def without(keys, *names):
     return {k: v for k, v in keys.items() if k not in names}
 
@@ -190,6 +196,17 @@ def test_both_spellings_of_the_configuration_are_one():
     assert dsv3.parse_config(without(RELEASE, "num_attention_heads")) == dsv3.Config()
 
 
+def test_what_deepseek_v2_leaves_unsaid():
+    cfg = dsv3.parse_config(RELEASE | V2_LITE)
+    assert (cfg.scoring_func, cfg.topk_method, cfg.norm_topk_prob) == ("softmax", "greedy", False)
+    assert not any(name.endswith("e_score_correction_bias") for name in dsv3.tensor_shapes(cfg))
+    bare = without(RELEASE | V2_LITE, *without(V2_LITE, "model_type", "q_lora_rank"))
+    assert dsv3.parse_config(bare) == cfg
+    groups = RELEASE | V2_LITE | {"topk_method": "group_limited_greedy", "n_group": 256, "topk_group": 8}
+    assert dsv3.parse_config(groups).topk_group == 8  # a group of one expert has a best one
+    assert dsv3.parse_config(groups | {"topk_method": "greedy", "topk_group": 1}).num_experts_per_tok == 8
+
+
 def test_null_means_without():
     cfg = dsv3.parse_config(RELEASE | dict.fromkeys(("n_shared_experts", "n_group", "topk_group")))
     assert (cfg.n_shared_experts, cfg.n_group, cfg.topk_group) == (0, 1, 1)
@@ -202,7 +219,11 @@ def test_null_means_without():
 
 @pytest.mark.parametrize("change, said", [
     ({"model_type": "llama"}, "model_type 'llama'"),
-    ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2'"),
+    ({"model_type": "deepseek_v32"}, "model_type 'deepseek_v32'"),
+    ({"model_type": ["deepseek_v3"]}, "model_type ['deepseek_v3']"),
+    ({"model_type": "deepseek_v2"}, "scoring_func 'sigmoid'"),
+    (V2_LITE | {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+    (V2_LITE | {"norm_topk_prob": True}, "norm_topk_prob True"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"scoring_func": "softmax"}, "scoring_func 'softmax'"),
     ({"topk_method": "greedy"}, "topk_method 'greedy'"),
@@ -532,11 +553,13 @@ def test_positions_matter_only_by_their_differences(cfg, seed):
 
 
 def plain_route(score, bias, cfg):
-    """Eqs. (13)-(16) with groups, for one token, in plain Python -> {expert: gate}."""
+    """Eqs. (13)-(16) with groups, for one token, in plain Python -> {expert: gate}. A group's rank: its best two
+    together, its best (DeepSeek-V2), or none at all (V2-Lite)."""
     size = cfg.n_routed_experts // cfg.n_group
     groups = [range(g * size, (g + 1) * size) for g in range(cfg.n_group)]
-    best_two = [sum(sorted((score[e] + bias[e] for e in group), reverse=True)[:2]) for group in groups]
-    kept = sorted(range(cfg.n_group), key=lambda g: (-best_two[g], g))[: cfg.topk_group]
+    count = {"noaux_tc": 2, "group_limited_greedy": 1, "greedy": 0}[cfg.topk_method]
+    best = [sum(sorted((score[e] + bias[e] for e in group), reverse=True)[:count]) for group in groups]
+    kept = sorted(range(cfg.n_group), key=lambda g: (-best[g], g))[: cfg.topk_group if count else None]
     candidates = sorted(e for g in kept for e in groups[g])
     chosen = sorted(candidates, key=lambda e: (-(score[e] + bias[e]), e))[: cfg.num_experts_per_tok]
     total = sum(score[e] for e in chosen) if cfg.norm_topk_prob else 1
@@ -558,13 +581,17 @@ def routed(x, w, cfg):
     return dense
 
 
-@given(configs(), seeds, st.sampled_from([0.0, 3.0, -5.0]))
-def test_routing_equals_the_equations_token_by_token(cfg, seed, bias):
+@given(configs(), seeds, st.sampled_from([0.0, 3.0, -5.0]), st.sampled_from(["group_limited_greedy", "greedy", None]))
+def test_routing_equals_the_equations_token_by_token(cfg, seed, bias, of_v2):
     w, x = gate_weights(cfg, seed, bias)
-    score = 1 / (1 + np.exp(-x @ w["mlp.gate.weight"].T))
+    logits = x @ w["mlp.gate.weight"].T
+    score, bias = 1 / (1 + np.exp(-logits)), w["mlp.gate.e_score_correction_bias"]
+    if of_v2:
+        cfg = replace(cfg, scoring_func="softmax", topk_method=of_v2)
+        score, bias = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), 0 * bias
     got = routed(x, w, cfg)
     for b, t in np.ndindex(2, 3):
-        expected = plain_route(score[b, t], w["mlp.gate.e_score_correction_bias"], cfg)
+        expected = plain_route(score[b, t], bias, cfg)
         assert_close(got[b, t], [expected.get(e, 0) for e in range(cfg.n_routed_experts)])
 
 
@@ -1568,7 +1595,7 @@ def test_under_cupys_rules_the_bits_are_numpys(tmp_path, monkeypatch, dtype, mem
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 3e-5)])
 def test_a_gpu_agrees_with_hugging_face_transformers(gpu, dtype, tolerance):
-    for case in CASES if gpu else ["v3_yarn", "mtp", "attention_bias"]:
+    for case in CASES if gpu else ["v3_yarn", "mtp", "attention_bias", "v2"]:
         check_parity(case, dtype, tolerance)
 
 

@@ -42,6 +42,7 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import MtpModel
+from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 
@@ -65,6 +66,10 @@ BASE = dict(
 )  # fmt: skip
 BIGGER = dict(n_routed_experts=16, num_experts_per_tok=4)
 ONE_GROUP = dict(n_group=1, topk_group=1, rope_theta=5e4)
+V2 = BIGGER | dict(
+    model_type="deepseek_v2", scoring_func="softmax", norm_topk_prob=False, num_hidden_layers=3, n_shared_experts=2,
+    rope_scaling=yarn("type", 4.0, 8, mscale=0.707, mscale_all_dim=0.707),
+)  # fmt: skip
 V3_YARN = BIGGER | dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
 CASES = {  # what differs from BASE
     "v3_yarn": V3_YARN,
@@ -87,6 +92,8 @@ CASES = {  # what differs from BASE
     "mtp": dict(num_nextn_predict_layers=1),
     "mtp_small_vocab": dict(num_nextn_predict_layers=1, vocab_size=6),  # some drafts are right by chance
     "mtp_depth_2": dict(num_nextn_predict_layers=2),
+    "v2_lite": V2 | dict(topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1, routed_scaling_factor=1.0),
+    "v2": V2 | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0),
 }  # fmt: skip
 HF5 = "hf5_spelling", "moonlight"  # config.json as transformers 5 writes it: rope_parameters for rope_scaling
 SCALE = {"moonlight": {"kv_a_proj_with_mqa.weight": 0.01}}  # latents so small that the eps of their norm shows
@@ -161,8 +168,10 @@ def watch(model, layers, kept, gaps):
         logits, gates, index = out
         kept[f"{name}.indices"], order = index.sort()
         kept[f"{name}.weights"] = gates.gather(1, order)
-        choice = (logits.sigmoid() + module.e_score_correction_bias).unflatten(-1, (module.num_group, -1))
-        group = choice.topk(2)[0].sum(-1)
+        v2 = isinstance(model, DeepseekV2ForCausalLM)
+        choice = logits.softmax(-1) if v2 else logits.sigmoid() + module.e_score_correction_bias
+        choice = choice.unflatten(-1, (module.num_group, -1))
+        group = choice.max(-1)[0] if v2 else choice.topk(2)[0].sum(-1)
         lost = group < group.topk(module.topk_group)[0][:, -1:]
         gaps.append(gap(group, module.topk_group))
         gaps.append(gap(choice.masked_fill(lost[..., None], -math.inf).flatten(1), module.top_k))
@@ -197,10 +206,12 @@ def make(case):
     config, scale, shift = BASE | CASES[case], SCALE.get(case, {}), SHIFT.get(case, {})
     layers, first = config["num_hidden_layers"], config["first_k_dense_replace"]
     depth = config["num_nextn_predict_layers"]
-    hf = DeepseekV3Config(**copy.deepcopy({k: v for k, v in config.items() if k != "model_type"}))
+    kind = DeepseekV2Config if config.get("model_type") == "deepseek_v2" else DeepseekV3Config
+    hf = kind(**copy.deepcopy({k: v for k, v in config.items() if k != "model_type"}))
     config = json.loads(hf.to_json_string()) if case in HF5 else RELEASE | config
     hf._attn_implementation = hf._experts_implementation = "eager"
-    model, kept, gaps = DeepseekV3ForCausalLM(hf).eval(), {}, []
+    causal_lm = DeepseekV2ForCausalLM if kind is DeepseekV2Config else DeepseekV3ForCausalLM
+    model, kept, gaps = causal_lm(hf).eval(), {}, []
     mtp = MtpModel(model, depth).eval() if depth else None
     for part in [model, mtp] if mtp else [model]:
         fill(part, layers, scale, shift)
