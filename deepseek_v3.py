@@ -293,6 +293,7 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
+SCORES = 2**26  # that attention holds at a time, 256 MB in float32: memory grows with the context, not its square
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
 
@@ -350,16 +351,23 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     """Eq. (10), softmax(q . k) v, for any number of key heads J that divides H -> (B, T, H, Y).
 
     J = H is multi-head attention, J = 1 multi-query, between them grouped-query: query head h reads key head
-    h // (H/J). The Z = T H/J queries that share a key head meet it in one product.
+    h // (H/J). The Z = T H/J queries that share a key head meet it in one product, or in several where there would be
+    more than SCORES scores at a time.
     """
     B, T, H, X = q_BTHX.shape
     S, J, Y = v_BSJY.shape[1:]
     Z = T * (H // J)
     q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
-    score_BJZS = q_BJZX @ k_BSJX.transpose(0, 2, 3, 1)
-    visible_BZS = xp.repeat(visible_BTS, H // J, axis=1)
-    score_BJZS = xp.where(visible_BZS[:, None], score_BJZS, -xp.inf)
-    out_BJZY = softmax(score_BJZS) @ v_BSJY.transpose(0, 2, 1, 3)
+    k_BJXS, v_BJSY = k_BSJX.transpose(0, 2, 3, 1), v_BSJY.transpose(0, 2, 1, 3)
+
+    def rows(start, stop):
+        visible = visible_BTS[:, xp.arange(start, stop) // (H // J)]  # of these rows of Z: (B, rows, S)
+        score = xp.where(visible[:, None], q_BJZX[:, :, start:stop] @ k_BJXS, -xp.inf)
+        return softmax(score) @ v_BJSY
+
+    step = max(1, SCORES // (B * J * S))
+    parts = [rows(start, min(start + step, Z)) for start in range(0, Z, step)]
+    out_BJZY = xp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
 
 
@@ -428,11 +436,12 @@ def _per_head(x_BTHX, w_HXY):
 
 
 def absorbing_is_cheaper(T, S, cfg):
-    """Count the multiplications of both forms for T queries over S keys, a head. Few queries: absorb; many: expand."""
+    """Count the multiplications of both forms for T queries over S keys, a head. Few queries: absorb; many: expand,
+    unless the keys and values of all heads would be too large."""
     C, R, N, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
     naive = S * C * (N + V) + T * S * (N + R + V)
     absorbed = T * C * (N + V) + T * S * (C + R + C)
-    return absorbed < naive
+    return absorbed < naive or S * cfg.num_attention_heads * (N + R + V) > 8 * SCORES
 
 
 def mla(x_BTD, w, layer, cfg, at, cache):
@@ -471,8 +480,8 @@ def route(x_BTD, w, name, cfg):
     choice_BTE = score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"]) if biased else score_BTE
     if cfg.n_group > 1 and cfg.topk_method != "greedy":
         choice_BTGX = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.n_group, -1)
-        best_BTGX = xp.take_along_axis(choice_BTGX, top_k(choice_BTGX, 2 if biased else 1), axis=-1)
-        group_BTG = xp.sum(best_BTGX, axis=-1)
+        best_BTGY = xp.take_along_axis(choice_BTGX, top_k(choice_BTGX, 2 if biased else 1), axis=-1)
+        group_BTG = xp.sum(best_BTGY, axis=-1)
         keep_BTG = xp.any(one_hot(top_k(group_BTG, cfg.topk_group), cfg.n_group), axis=-2)
         choice_BTE = xp.where(keep_BTG[..., None], choice_BTGX, -xp.inf).reshape(choice_BTE.shape)
     index_BTK = record(f"{name}.gate.indices", top_k(choice_BTE, cfg.num_experts_per_tok))
@@ -1271,14 +1280,15 @@ class Row:
         return [token, draw(distribution(logits_UW[1], sampling), self.rng)] if stands else [token]
 
 
-def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, cache=None, stats=None):
+def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, cache=None, stats=None,
+             progress=lambda done, tokens: None):  # fmt: skip
     """Continue each prompt; yields (row, token) as tokens are made. A row ends after max_tokens or a token in `stop`.
 
     prompts: lists of token ids, of any lengths; rows do not influence each other, and row b draws from its own random
     stream (seed, b). speculate: draft with the first MTP module, if there is one; this changes the speed, not the
     distribution, and not one token of greedy output (unless two logits, or two affinities, are equal but for rounding).
     cache: of an earlier call with as many prompts; what its tokens and the prompts have in common is not computed
-    again. Raises InputError before any work.
+    again. progress is called as the prompt goes through the model. Raises InputError before any work.
 
     Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If the draft stands
     (`verify`), both it and the token after it are known; if not, only the token in its place, and the draft's cache
@@ -1299,7 +1309,9 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
     while True:
         start_B = np.array([len(held) for held in cache.tokens])
         token_BT = pad([row.feed if row.draft is None else [*row.feed, row.draft] for row in rows])
-        h_BTD = in_chunks(lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT)
+        h_BTD = in_chunks(
+            lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT, progress
+        )
         choices = 2 if any(row.draft is not None for row in rows) else 1
         logits_BUW = logits_from([len(row.feed) - 1 for row in rows], choices, h_BTD, w, cfg)
         new = [row.choose(logits_BUW[b], sampling) if row.left else [] for b, row in enumerate(rows)]
@@ -1337,10 +1349,13 @@ def draw_drafts(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
         row.draft = draw(row.q_W, row.rng) if row.left else None
 
 
-def in_chunks(step, token_BT):
+def in_chunks(step, token_BT, progress=lambda done, tokens: None):
     """step(slice) -> (B, t, D) over CHUNK positions of token_BT at a time, joined to (B, T, D)."""
-    T = token_BT.shape[1]
-    return xp.concatenate([step(slice(t, min(t + CHUNK, T))) for t in range(0, T, CHUNK)], axis=1)
+    T, parts = token_BT.shape[1], []
+    for start in range(0, T, CHUNK):
+        parts.append(step(slice(start, min(start + CHUNK, T))))
+        progress(min(start + CHUNK, T), T)
+    return xp.concatenate(parts, axis=1)
 
 
 def logits_from(first, count, h_BTD, w, cfg):
@@ -1650,7 +1665,7 @@ class Session:
         stats, made, show = Stats(), [[] for _ in prompts], self.printer(len(prompts))
         try:
             for b, token in generate(prompts, self.w, self.cfg, self.max_tokens, self.sampling, self.stop,
-                                     self.speculate, cache, stats):  # fmt: skip
+                                     self.speculate, cache, stats, self.progress):  # fmt: skip
                 made[b].append(token)
                 if b == 0:
                     print(show(0, token, len(made[0]) == 1), end="", flush=True)
@@ -1660,6 +1675,11 @@ class Session:
                 print("".join(show(b, token, i == 0) for i, token in enumerate(made[b])), flush=True)
             say(stats.line())
         return made
+
+    def progress(self, done, tokens):
+        """How far a long prompt is, on a line that is taken back at its end; only where someone watches."""
+        if tokens > 2 * CHUNK and sys.stderr.isatty():
+            say(f"\rprompt: {done:,} of {tokens:,} tokens" if done < tokens else "\r\033[K", end="")
 
     def printer(self, rows):
         """show(row, token, first) -> the text that a token completes, never half a character; or the id by itself."""

@@ -180,6 +180,8 @@ def without(keys, *names):
 
 def test_the_defaults_are_the_release():
     assert dsv3.parse_config(RELEASE) == dsv3.Config()
+    v31 = RELEASE["quantization_config"] | {"scale_fmt": "ue8m0"}  # its scales are powers of two, still F32
+    assert dsv3.parse_config(RELEASE | {"quantization_config": v31}) == dsv3.Config()
 
 
 def test_both_spellings_of_the_configuration_are_one():
@@ -408,6 +410,19 @@ def test_attention_is_mha_gqa_or_mqa_by_its_key_heads(seed, heads, T, past):
     few = dsv3.attention(q, k, v, visible, 0.7)
     assert_close(few, dsv3.attention(q, *repeated, visible, 0.7))
     assert_close(few, plain_attention(q, *repeated, visible, 0.7))
+
+
+@pytest.mark.parametrize("scores", [1, 30, 100])
+def test_attention_some_rows_at_a_time_is_the_same(monkeypatch, scores):
+    """With room for one row of scores, for a few, for most; and keys of all heads are expanded only where they fit."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape) for shape in ((2, 5, 6, 3), (2, 7, 2, 3), (2, 7, 2, 4)))
+    visible = np.arange(7) <= np.array([[2], [0]])[:, None] + np.arange(5)[:, None]
+    whole = dsv3.attention(q, k, v, visible, 0.3)
+    assert not dsv3.absorbing_is_cheaper(64, 64, SMALL)
+    monkeypatch.setattr(dsv3, "SCORES", scores)
+    assert_close(dsv3.attention(q, k, v, visible, 0.3), whole)
+    assert dsv3.absorbing_is_cheaper(64, 64, SMALL)
 
 
 def attention_inputs(cfg, seed, T, past, dtype=np.float64):
@@ -1371,6 +1386,16 @@ def test_a_cache_of_an_earlier_turn_is_used_and_changes_nothing():
     assert generated([[3, 3]], w, cfg, 6, cache=cache) == generated([[3, 3]], w, cfg, 6)
 
 
+def test_a_long_prompt_reports_its_progress(small, monkeypatch, capsys):
+    monkeypatch.setattr(dsv3, "CHUNK", 2)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert dsv3.main(["--weights", str(small), "--tokens", "1 2 3 4 5", "-n", "1"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("\rprompt: 2 of 5 tokens\rprompt: 4 of 5 tokens\r\033[K")
+    assert dsv3.main(["--weights", str(small), "--tokens", "1 2 3 4", "-n", "1"]) == 0
+    assert capsys.readouterr().err.startswith("prompt: 4 tokens")
+
+
 def test_no_new_tokens_is_only_a_forward_pass():
     stats = dsv3.Stats()
     assert generated([[1, 2, 3]], make_weights(SMALL), SMALL, 0, stats=stats) == [[]]
@@ -1485,7 +1510,7 @@ def jittered(name, x):
     return x
 
 
-for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "and", "or", "lshift", "rshift"):
+for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "lshift", "rshift"):
     for form in (f"__{name}__", f"__r{name}__"):
         setattr(Device, form, operation(form))
 for name in ("neg", "abs", "invert", "lt", "le", "eq", "ne", "gt", "ge"):
