@@ -926,10 +926,10 @@ def e4m3_pairs():
     return np.stack([value[pair & 255], value[pair >> 8]], axis=-1).view(np.complex64)[:, 0]
 
 
-def dequantize_on_cpu(code, scale):
+def dequantize_on_cpu(code, scale, out=None):
     """Computation: the same in NumPy, two codes a look-up, a row of blocks at a time while it is in the CPU's cache."""
     rows, columns = code.shape
-    out = np.empty((rows, columns), np.float32)
+    out = np.empty((rows, columns), np.float32) if out is None else out
     for top, scale_X in zip(range(0, rows, BLOCK), scale, strict=True):
         part, codes = out[top : top + BLOCK], code[top : top + BLOCK]
         if columns % 2 == 0:
@@ -940,13 +940,18 @@ def dequantize_on_cpu(code, scale):
     return out
 
 
-def decode(dtype, stored, scale=None):
+def decode(dtype, stored, scale=None, out=None):
     """A stored tensor as an array of `xp` in a dtype that computes: F8 (with its decoded scale) and BF16 exactly as
-    float32, others as they are. What travels to the device is the stored form."""
+    float32, on the CPU in `out` if given, others as they are. What travels to the device is the stored form."""
     stored = to_device(stored)
     if dtype == "F8_E4M3":
-        return dequantize_on_cpu(stored, scale) if xp is np else dequantize(stored, scale)
-    return (stored.astype(xp.uint32) << 16).view(xp.float32) if dtype == "BF16" else stored
+        return dequantize_on_cpu(stored, scale, out) if xp is np else dequantize(stored, scale)
+    if dtype == "BF16":
+        wide = stored.astype(xp.uint32) if out is None else out.view(np.uint32)
+        wide[...] = stored
+        wide <<= 16
+        return wide.view(xp.float32)
+    return stored
 
 
 def bands(weight):
@@ -960,12 +965,14 @@ def bands(weight):
 
 def stack(matrices):
     """Matrices of one shape (rows, columns), in memory or not -> (n, rows, columns)."""
-    return xp.concatenate([band for matrix in matrices for band in bands(matrix)]).reshape(-1, *matrices[0].shape)
+    return xp.stack([matrix.whole() if isinstance(matrix, OnDisk) else matrix for matrix in matrices])
 
 
 @functools.cache
 def _threads():
-    return ThreadPoolExecutor(os.cpu_count())
+    """The threads that decode, and the buffers into which they do: memory fresh from the system costs half as much
+    again as the decoding."""
+    return ThreadPoolExecutor(os.cpu_count()), deque(np.empty(BAND, np.float32) for _ in range(os.cpu_count() + 2))
 
 
 class OnDisk:
@@ -975,26 +982,33 @@ class OnDisk:
     def __init__(self, stored, scale, dtype):
         (self.stored_as, self.stored), self.scale, self.dtype, self.shape = stored, scale, dtype, stored[1].shape
 
-    def rows(self, part):
+    def rows(self, part, out=None):
         """Rows part.start to part.stop, decoded; with FP8 the first one must begin a block."""
         stored = self.stored[part]
         scale = self.scale if self.scale is None else self.scale[part.start // BLOCK : -(-part.stop // BLOCK)]
-        decoded = decode(self.stored_as, stored, scale).astype(self.dtype, copy=False)
+        decoded = decode(self.stored_as, stored, scale, out).astype(self.dtype, copy=False)
         _forget(stored)
         return decoded
 
     def ahead(self, parts):
-        """The decoded rows of each part, in turn."""
+        """The decoded rows of each part, in turn, each valid until the next is asked for."""
         if xp is not np:  # a GPU runs behind as it is, and CuPy uploads through pinned buffers that it uses again
             yield from map(self.rows, parts)
             return
-        waiting, pool = deque(), _threads()
-        for part in parts:
-            waiting.append(pool.submit(self.rows, part))
-            if len(waiting) > os.cpu_count() + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        waiting, (pool, spare) = deque(), _threads()
+        for part in itertools.chain(parts, itertools.repeat(None)):
+            if part:
+                shape = part.stop - part.start, *self.shape[1:]
+                size = math.prod(shape)
+                buffer = spare.pop() if spare and size <= BAND else np.empty(max(size, BAND), np.float32)
+                out = buffer[:size].reshape(shape)
+                waiting.append((buffer, pool.submit(self.rows, part, out)))
+            elif not waiting:
+                return
+            if len(waiting) > os.cpu_count() or not part:
+                buffer, band = waiting.popleft()
+                yield band.result()
+                spare.append(buffer)
 
     def whole(self):
         if xp is not np or self.stored.size <= BAND:

@@ -26,6 +26,7 @@ import time
 import types
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -1236,6 +1237,136 @@ def test_the_tensors_of_the_671b_model_are_counted_as_published():
     shapes = dsv3.tensor_shapes(dsv3.Config())
     scaled = sum(name.endswith(("_proj.weight", "with_mqa.weight")) for name in shapes) - 1  # not eh_proj
     assert len(shapes) + 2 + scaled == 91_991  # the MTP module's copies of embedding and head
+
+
+def true_width(directory, cfg):
+    """A checkpoint of cfg in the form of the release (FP8 but for embedding, head, norms and routers; an index, shards
+    by layer), of random weights, written a piece at a time."""
+    rng, shards, files = np.random.default_rng(0), {}, {}
+    codes = (64 * rng.standard_normal(2**22, np.float32)).astype(ml_dtypes.float8_e4m3fn).tobytes()
+    halves = rng.standard_normal(2**21, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+    def tiled(block, nbytes):
+        for left in range(nbytes, 0, -len(block)):
+            yield block[:left]
+
+    for name, shape in dsv3.tensor_shapes(cfg).items():
+        tensors = shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})
+        if name.endswith("_proj.weight") and "eh_proj" not in name:
+            scale = rng.uniform(0.5, 1.5, [-(-n // 128) for n in shape]).astype("<f4") / 64 / math.sqrt(shape[1])
+            tensors[name] = "F8_E4M3", shape, tiled(codes, math.prod(shape))
+            tensors[f"{name}_scale_inv"] = "F32", scale.shape, [scale.tobytes()]
+        elif name.endswith(("_proj.weight", ".gate.weight", "lm_head.weight")):
+            small = (halves.view(ml_dtypes.bfloat16) / np.float32(math.sqrt(shape[1]))).astype(ml_dtypes.bfloat16)
+            tensors[name] = "BF16", shape, tiled(small.tobytes(), 2 * math.prod(shape))
+        elif name.endswith("e_score_correction_bias"):
+            tensors[name] = "F32", shape, [np.zeros(shape, "<f4").tobytes()]
+        else:
+            ones = np.ones(shape, ml_dtypes.bfloat16).tobytes() if len(shape) == 1 else halves.tobytes()
+            tensors[name] = "BF16", shape, tiled(ones, 2 * math.prod(shape))
+    for n, tensors in enumerate(shards.values(), 1):
+        files |= dict.fromkeys(tensors, file := f"model-{n:05}-of-{len(shards):06}.safetensors")
+        header, end = {}, 0
+        for name, (dtype, shape, _) in tensors.items():
+            begin, end = end, end + math.prod(shape) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        with (directory / file).open("wb") as out:
+            text = json.dumps(header).encode()
+            out.write(len(text).to_bytes(8, "little") + text)
+            for _, _, pieces in tensors.values():
+                out.writelines(pieces)
+    keys = RELEASE | {"num_hidden_layers": cfg.num_hidden_layers, "first_k_dense_replace": cfg.first_k_dense_replace,
+                      "num_nextn_predict_layers": cfg.num_nextn_predict_layers}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(keys))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+@pytest.mark.width
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_at_the_width_of_the_671b_model(tmp_path, mtp):
+    """One dense layer and one with experts, of DeepSeek-V3's own widths, in 6 GB of memory: the experts' sum against
+    float64 and the time of each layer, from which a table for 61 layers; then the command line's own statistics."""
+    cfg = replace(dsv3.Config(), num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=mtp)
+    stored = sum(map(math.prod, dsv3.tensor_shapes(cfg).values())) + 2 * 2 * cfg.vocab_size * cfg.hidden_size
+    if shutil.disk_usage(tmp_path).free < 1.2 * stored:
+        pytest.skip(f"needs {1.2 * stored / 1e9:.0f} GB of disk at {tmp_path} (--basetemp DIR elsewhere)")
+    try:
+        true_width(tmp_path, cfg)
+        command = ["--weights", str(tmp_path), "--tokens", "1 2 3 4 5", "--memory", "6", "-n", "5"]
+        code, out, err = cli(*command)
+        print("\n" + err, end="")
+        assert code == 0 and len(out.split()) == 5
+        assert float(re.search(r"peak memory (\d+) MB", err)[1]) < 6000 + 1500
+        if not mtp:
+            measure_layers(tmp_path, cfg)
+    finally:
+        shutil.rmtree(tmp_path)
+
+
+def measure_layers(directory, cfg):
+    w, x = dsv3.Checkpoint(directory, cfg, memory=0), np.random.default_rng(1).standard_normal((1, 1, cfg.hidden_size))
+    x, name, read = x.astype(np.float32), "model.layers.1.mlp", Counter()
+    index, gate = dsv3.route(x, w, name, cfg)
+    expected = np.zeros(cfg.hidden_size)
+    for e, g in zip(index[0, 0], gate[0, 0].astype(float), strict=True):
+
+        def matrix(part, e=e):
+            (_, codes), (_, scale) = (
+                w.stored[f"{name}.experts.{e}.{part}_proj.weight{end}"] for end in ("", "_scale_inv")
+            )
+            wide = np.repeat(np.repeat(scale.astype(float), 128, 0), 128, 1)
+            return codes.view(ml_dtypes.float8_e4m3fn).astype(float) * wide
+
+        a = matrix("gate") @ x[0, 0]
+        expected += g * (matrix("down") @ (a / (1 + np.exp(-a)) * (matrix("up") @ x[0, 0])))
+    got = dsv3.moe_chosen(x, w, name, index, gate, cfg)
+    print(f"one layer's experts against float64: {np.abs(got[0, 0] - expected).max() / np.abs(expected).max():.1e}")
+    assert_close(got[0, 0], expected, 1e-5)
+
+    rows = dsv3.OnDisk.rows
+
+    def counted(self, part, out=None):
+        read["bytes"] += self.stored[part].nbytes
+        return rows(self, part, out)
+
+    def timed(step):
+        seconds = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dsv3.OnDisk, "rows", counted)
+            for _ in range(3):
+                read.clear()
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
+        return np.median(seconds), read["bytes"]
+
+    cache = dsv3.Cache(1)
+
+    def layer(n):
+        return lambda: dsv3.block(x, w, n, cfg, dsv3.positions([0], 1, cfg, np.float32), cache)
+
+    parts = [
+        ("dense layer", 3, layer(0)),
+        ("layer with experts", 58, layer(1)),
+        ("head", 1, lambda: dsv3.head(x, w, cfg)),
+    ]
+    total_seconds = total_bytes = 0
+    for label, count, step in parts:
+        seconds, size = timed(step)
+        total_seconds, total_bytes = total_seconds + count * seconds, total_bytes + count * size
+        print(f"{label:20} {seconds:7.3f} s  {size / 1e9:6.3f} GB  {size / seconds / 1e9:5.2f} GB/s  x {count}")
+    print(f"{'a token, 61 layers':20} {total_seconds:7.1f} s  {total_bytes / 1e9:6.1f} GB")
+    codes = w.stored["model.layers.0.mlp.gate_proj.weight"][1][:2048]
+    scale = w.stored["model.layers.0.mlp.gate_proj.weight_scale_inv"][1][:16]
+    for workers in (1, os.cpu_count()):
+        out, seconds = [np.empty(codes.shape, np.float32) for _ in range(workers)], []
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in range(15):
+                start = time.perf_counter()
+                list(pool.map(dsv3.dequantize_on_cpu, [codes] * workers, [scale] * workers, out))
+                seconds.append(time.perf_counter() - start)
+        rate = workers * codes.size / np.median(seconds) / 1e9
+        print(f"FP8 decoded by {workers} threads: {rate:.2f} G elements/s")
 
 
 # ---- 9. Generation -------------------------------------------------------------------------------------------------
