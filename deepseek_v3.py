@@ -187,18 +187,31 @@ class Config:
 def linear(x, w, name):
     """W x, plus the bias where the checkpoint has one. x (..., in), `name.weight` (out, in) -> (..., out)."""
     x_MX = x.reshape(-1, x.shape[-1])
-    parts = [x_MX @ band_YX.T for band_YX in bands(w[f"{name}.weight"])]
+    parts = [product(x_MX, band_YX) for band_YX in bands(w[f"{name}.weight"])]
     y = xp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     if f"{name}.bias" in w:
         y = y + w[f"{name}.bias"]
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def product(x_MX, w_YX):
+    """x W^T. NumPy is given what its BLAS does best. Of a few rows: each by itself, over a piece of W that the cache
+    keeps for the next row, so that two rows cost little more than one. Of some more: (W x^T)^T."""
+    M, X = x_MX.shape
+    if xp is not np or M == 1 or M > 64:
+        return x_MX @ w_YX.T
+    if M > 4:
+        return (w_YX @ x_MX.T).T
+    step = max(1, 2**19 // X)
+    pieces = [w_YX[start : start + step] @ x_MX[:, :, None] for start in range(0, len(w_YX), step)]
+    return (np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])[:, :, 0]
+
+
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last axis. The statistics are wide, the normalised x is rounded to x's dtype
     before it meets the weight: so does HF's DeepseekV3RMSNorm, while the official code rounds once, after."""
     x_wide = wide(x)
-    normed = x_wide / xp.sqrt(xp.mean(x_wide * x_wide, axis=-1, keepdims=True) + eps)
+    normed = x_wide / xp.sqrt((x_wide * x_wide).sum(axis=-1, keepdims=True) / x.shape[-1] + eps)
     return normed.astype(x.dtype, copy=False) * weight
 
 
@@ -222,8 +235,8 @@ def softmax(x):
     the costly one through the maximum.
     """
     x_wide = wide(x)
-    e = xp.exp(x_wide - xp.floor(xp.max(x_wide, axis=-1, keepdims=True)))
-    return (e / xp.sum(e, axis=-1, keepdims=True)).astype(x.dtype, copy=False)
+    e = xp.exp(x_wide - xp.floor(x_wide.max(axis=-1, keepdims=True)))
+    return (e / e.sum(axis=-1, keepdims=True)).astype(x.dtype, copy=False)
 
 
 def yarn_mscale(factor, mscale):
@@ -231,6 +244,7 @@ def yarn_mscale(factor, mscale):
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
+@functools.cache
 def rope_frequencies(cfg):
     """Radians a position, for each of the P pairs; float64 on the host.
 
@@ -480,8 +494,7 @@ def route(x_BTD, w, name, cfg):
     choice_BTE = score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"]) if biased else score_BTE
     if cfg.n_group > 1 and cfg.topk_method != "greedy":
         choice_BTGX = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.n_group, -1)
-        best_BTGY = xp.take_along_axis(choice_BTGX, top_k(choice_BTGX, 2 if biased else 1), axis=-1)
-        group_BTG = xp.sum(best_BTGY, axis=-1)
+        group_BTG = xp.sort(choice_BTGX, axis=-1)[..., -2 if biased else -1 :].sum(axis=-1)
         keep_BTG = xp.any(one_hot(top_k(group_BTG, cfg.topk_group), cfg.n_group), axis=-2)
         choice_BTE = xp.where(keep_BTG[..., None], choice_BTGX, -xp.inf).reshape(choice_BTE.shape)
     index_BTK = record(f"{name}.gate.indices", top_k(choice_BTE, cfg.num_experts_per_tok))
@@ -957,10 +970,12 @@ def decode(dtype, stored, scale=None, out=None):
 def bands(weight):
     """The rows of a matrix in bands of some BAND elements, one after the other. Products go by them wherever the
     matrix lies, so that results do not depend, in any bit, on where that is."""
+    if not (ondisk := isinstance(weight, OnDisk)) and weight.size <= BAND:
+        return [weight]
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
     step = max(BLOCK, (BAND if xp is np else 64 * BAND) // columns // BLOCK * BLOCK)
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    return weight.ahead(parts) if isinstance(weight, OnDisk) else (weight[part] for part in parts)
+    return weight.ahead(parts) if ondisk else (weight[part] for part in parts)
 
 
 def stack(matrices):

@@ -1676,7 +1676,7 @@ def strict(name, function, parameters):
             spread = any(parameter.startswith("*") for parameter in parameters)
             assert spread or len(args) <= len(parameters), f"cupy.{name} takes {parameters}"
             assert set(kwargs) <= set(parameters), f"cupy.{name} takes {parameters}, not {list(kwargs)}"
-        if name in ("sort", "argsort"):
+        if name == "argsort":
             assert kwargs.get("kind") == "stable", "the order of equal keys is NumPy's own"
         assert name not in ("argpartition", "partition"), "the order of equal keys is arbitrary"
         Device.traffic["calls"] += 1
@@ -1729,6 +1729,7 @@ def test_under_cupys_rules_the_bits_are_numpys(tmp_path, monkeypatch, dtype, mem
     objective."""
     directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantized(make_weights(GUESSABLE)))
     prompts, tokens = [[1, 2, 3, 0, 1], [3]], make_tokens(GUESSABLE, 0, 2, 7)
+    monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.T)  # NumPy has forms of its own
     if memory == 0:  # nothing is kept on either side, so experts are not gathered on either
         monkeypatch.setattr(dsv3, "gathering_is_cheaper", lambda *_: False)
 
@@ -2312,3 +2313,168 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
     monkeypatch.setattr(dsv3, "xp", np)
     loaded = dsv3.Checkpoint(tmp_path / "whole", dsv3.read_config(tmp_path / "whole"))
     assert dsv3.read_config(tmp_path / "whole") == cfg and np.isfinite(loaded["lm_head.weight"]).all()
+
+
+# ---- Benchmark -------------------------------------------------------------------------------------------------------
+# pytest -m benchmark -s: ratios of medians, both sides of each taken in turn in one run; no time is asserted.
+
+MID = dsv3.Config(
+    vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, q_lora_rank=384, kv_lora_rank=256,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, intermediate_size=2048, first_k_dense_replace=1,
+    moe_intermediate_size=256, n_routed_experts=32, num_experts_per_tok=4, n_group=4, topk_group=2,
+    max_position_embeddings=8192, num_nextn_predict_layers=0,
+)  # fmt: skip
+WIDE = replace(MID, vocab_size=16000, hidden_size=2048, num_hidden_layers=4, num_attention_heads=16, q_lora_rank=1024,
+               kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, intermediate_size=6144,
+               moe_intermediate_size=1024, n_routed_experts=16, n_group=4)  # fmt: skip
+
+
+def random_weights(cfg):
+    rng, w = np.random.default_rng(0), {}
+    for name, shape in dsv3.tensor_shapes(cfg).items():
+        x = rng.standard_normal(shape, np.float32)
+        w[name] = x / np.float32(math.sqrt(shape[1])) if len(shape) == 2 else 1 + x / 10
+    return w
+
+
+def in_turn(*steps, n=15):
+    """The median seconds of each step, the steps taken in turn n times after once for warming up."""
+    seconds = []
+    for _ in range(n + 1):
+        seconds.append([])
+        for step in steps:
+            start = time.perf_counter()
+            step()
+            seconds[-1].append(time.perf_counter() - start)
+    return np.median(seconds[1:], axis=0)
+
+
+def decoding(w, cfg, context, batch=1):
+    """-> a step that decodes one more token of each row."""
+    cache = dsv3.Cache(batch, context + 64)
+    tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (batch, context))
+    for t in range(0, context, 512):
+        dsv3.forward(tokens[:, t : t + 512], w, cfg, cache, np.full(batch, t))
+    at = itertools.count(context)
+
+    def step():
+        start = next(at)
+        return dsv3.head(dsv3.forward(tokens[:, start % context, None], w, cfg, cache, np.full(batch, start)), w, cfg)
+
+    return step
+
+
+def touched(cfg):
+    """Bytes in float32 of the weights that one token meets, and of a cached position."""
+    expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
+    sparse = cfg.num_hidden_layers - cfg.first_k_dense_replace
+    every = sum(map(math.prod, dsv3.tensor_shapes(cfg).values())) - cfg.vocab_size * cfg.hidden_size
+    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok) * expert
+    return 4 * (every - idle), 4 * cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+
+
+@pytest.mark.benchmark
+def test_speed_beside_the_machines_limits():
+    """`wide`, some 450 M parameters: decoding beside reading as many bytes in matrix-vector products, prefill beside as
+    many multiplications in square matrix products."""
+    cfg, w, rng = WIDE, random_weights(WIDE), np.random.default_rng(2)
+    matrix, vector = rng.standard_normal((16384, 4096), np.float32), rng.standard_normal(4096, np.float32)
+    square = rng.standard_normal((2048, 2048), np.float32)
+    weights, row = touched(cfg)
+    print(f"\n{sum(x.size for x in w.values()) / 1e6:.0f} M parameters, {weights / 1e9:.2f} GB a token")
+    for context in (128, 4096):
+        ours, limit = in_turn(decoding(w, cfg, context), lambda: matrix @ vector)
+        bound = (weights + row * context) * limit / matrix.nbytes
+        print(f"decode, context {context:5}   {1 / ours:6.1f} tok/s   {bound / ours:4.0%} of sgemv's "
+              f"{matrix.nbytes / limit / 1e9:.0f} GB/s")  # fmt: skip
+    for T in (512, 4096):
+        tokens = rng.integers(0, cfg.vocab_size, (1, T))
+        multiplications = T * (weights / 4 - cfg.vocab_size * cfg.hidden_size)
+        pair = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
+        multiplications += cfg.num_hidden_layers * pair * T * T / 2
+
+        def prefill(tokens=tokens, T=T):
+            cache = dsv3.Cache(1, T)
+            for t in range(0, T, dsv3.CHUNK):
+                dsv3.forward(tokens[:, t : t + dsv3.CHUNK], w, cfg, cache, np.array([t]))
+
+        ours, limit = in_turn(prefill, lambda: square @ square, n=5 if T > 512 else 15)
+        bound = multiplications / 2048**3 * limit
+        print(f"prefill {T:14}   {T / ours:6.0f} tok/s   {bound / ours:4.0%} of sgemm's "
+              f"{2 * 2048**3 / limit / 1e9:.0f} GFLOP/s")  # fmt: skip
+
+
+@pytest.mark.benchmark
+def test_speed_beside_hugging_face_transformers(tmp_path):
+    """`mid`, 292 M parameters, and the shipped model, both in float32 with as many threads as there are cores."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(os.cpu_count())
+    torch.set_grad_enabled(False)
+    w = {name: x.astype(ml_dtypes.bfloat16) for name, x in random_weights(MID).items()}
+    directory = write_checkpoint(tmp_path / "mid", MID, w)
+
+    def row(label, ours, theirs, tokens):
+        print(f"{label:32} {tokens / ours:8.1f} tok/s   HF {tokens / theirs:8.1f}   {theirs / ours:5.2f}x", flush=True)
+
+    def load(path):
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def hf_decoding(model, context, batch=1):
+        tokens = torch.from_numpy(np.random.default_rng(1).integers(0, model.config.vocab_size, (batch, context)))
+        out = model(tokens, use_cache=True, logits_to_keep=1)
+
+        def step():
+            model(tokens[:, :1], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+
+        return step
+
+    print()
+    first = np.array([[1, 2, 3, 4]])
+
+    def ours_loaded():
+        w = dsv3.Checkpoint(directory, MID)
+        dsv3.head(dsv3.forward(first, w, MID, dsv3.Cache(1)), w, MID)
+
+    seconds = in_turn(ours_loaded, lambda: load(directory)(torch.from_numpy(first)), n=5)
+    print(f"{'load to first token, warm':32} {seconds[0]:8.2f} s       HF {seconds[1]:8.2f} s "
+          f"{seconds[1] / seconds[0]:7.2f}x")  # fmt: skip
+    w, model = dsv3.Checkpoint(directory, MID), load(directory)
+    for name in w:
+        w[name]  # decoded beforehand, as HF has
+    for context, batch, n in ((128, 1, 31), (128, 8, 15), (4096, 1, 15)):
+        pair = in_turn(decoding(w, MID, context, batch), hf_decoding(model, context, batch), n=n)
+        row(f"decode, context {context}, batch {batch}", *pair, batch)
+    for T, n in ((512, 15), (4096, 2)):
+        tokens = np.random.default_rng(3).integers(0, MID.vocab_size, (1, T))
+
+        def prefill(tokens=tokens, T=T):
+            cache = dsv3.Cache(1, T)
+            for t in range(0, T, dsv3.CHUNK):
+                h = dsv3.forward(tokens[:, t : t + dsv3.CHUNK], w, MID, cache, np.array([t]))
+            dsv3.head(h[:, -1:], w, MID)
+
+        theirs = torch.from_numpy(tokens)
+        pair = in_turn(prefill, lambda: model(theirs, use_cache=True, logits_to_keep=1), n=n)  # noqa: B023
+        row(f"prefill {T}", *pair, T)
+    cfg = dsv3.read_config(WEIGHTS)
+    w, model = dsv3.Checkpoint(WEIGHTS, cfg), load(WEIGHTS)
+    row("shipped weights, decode", *in_turn(decoding(w, cfg, 64), hf_decoding(model, 64), n=50), 1)
+
+
+@pytest.mark.benchmark
+def test_speed_of_speculation(shipped):
+    """Tokens a second with the MTP module against without, on the shipped weights, at the acceptance there is."""
+    w, cfg, text = shipped
+    prompts = [text.encode(start) for start in ("Once upon a time", "Tom had a red ball.", "The cat was sad because")]
+    stats = dsv3.Stats()
+
+    def tell(speculate):
+        for prompt in prompts:
+            generated([prompt], w, cfg, 120, speculate=speculate, stats=stats)
+
+    plain, with_mtp = in_turn(lambda: tell(False), lambda: tell(True))
+    made = sum(len(generated([prompt], w, cfg, 120)[0]) for prompt in prompts)
+    print(f"\nplain {made / plain:.0f} tok/s, with MTP {made / with_mtp:.0f} tok/s: {plain / with_mtp:.2f}x, "
+          f"{stats.accepted / stats.drafted:.0%} of the drafts accepted")  # fmt: skip
