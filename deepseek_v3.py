@@ -95,6 +95,11 @@ def top_k(score, k):
     return xp.argsort(-score, axis=-1, **stable)[..., :k]
 
 
+def slices(n, step):
+    """0 to n in slices of step, the last one cropped."""
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def one_hot(index, n):
     """Boolean (..., n): where the last axis equals index (...)."""
     return index[..., None] == xp.arange(n)
@@ -202,8 +207,7 @@ def product(x_MX, w_YX):
         return x_MX @ w_YX.T
     if M > 4:
         return (w_YX @ x_MX.T).T
-    step = max(1, 2**19 // X)
-    pieces = [w_YX[start : start + step] @ x_MX[:, :, None] for start in range(0, len(w_YX), step)]
+    pieces = [w_YX[part] @ x_MX[:, :, None] for part in slices(len(w_YX), max(1, 2**19 // X))]
     return (np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])[:, :, 0]
 
 
@@ -307,7 +311,9 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
-SCORES = 2**26  # that attention holds at a time, 256 MB in float32: memory grows with the context, not its square
+SCORES = 2**21  # that attention holds at a time (on a GPU 32 times as many): they stay in the CPU's cache, and memory
+# grows with the context, not with its square
+EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
 
@@ -374,14 +380,17 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
     k_BJXS, v_BJSY = k_BSJX.transpose(0, 2, 3, 1), v_BSJY.transpose(0, 2, 1, 3)
 
-    def rows(start, stop):
-        visible = visible_BTS[:, xp.arange(start, stop) // (H // J)]  # of these rows of Z: (B, rows, S)
-        score = xp.where(visible[:, None], q_BJZX[:, :, start:stop] @ k_BJXS, -xp.inf)
-        return softmax(score) @ v_BJSY
+    token_Z = xp.arange(Z) // (H // J)
 
-    step = max(1, SCORES // (B * J * S))
-    parts = [rows(start, min(start + step, Z)) for start in range(0, Z, step)]
-    out_BJZY = xp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    def some(j, z):
+        score = q_BJZX[:, j, z] @ k_BJXS[:, j]
+        return softmax(xp.where(visible_BTS[:, None, token_Z[z]], score, -xp.inf)) @ v_BJSY[:, j]
+
+    limit = SCORES if xp is np else 32 * SCORES
+    heads = max(1, limit // (B * Z * S))
+    rows = Z if heads > 1 else max(1, limit // (B * S))
+    parts = [[some(j, z) for z in slices(Z, rows)] for j in slices(J, heads)]
+    out_BJZY = xp.concatenate([xp.concatenate(of_heads, axis=2) for of_heads in parts], axis=1)
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
 
 
@@ -455,7 +464,7 @@ def absorbing_is_cheaper(T, S, cfg):
     C, R, N, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
     naive = S * C * (N + V) + T * S * (N + R + V)
     absorbed = T * C * (N + V) + T * S * (C + R + C)
-    return absorbed < naive or S * cfg.num_attention_heads * (N + R + V) > 8 * SCORES
+    return absorbed < naive or S * cfg.num_attention_heads * (N + R + V) > EXPANDED
 
 
 def mla(x_BTD, w, layer, cfg, at, cache):
@@ -972,9 +981,9 @@ def bands(weight):
     matrix lies, so that results do not depend, in any bit, on where that is."""
     if not (ondisk := isinstance(weight, OnDisk)) and weight.size <= BAND:
         return [weight]
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    columns = math.prod(weight.shape[1:])
     step = max(BLOCK, (BAND if xp is np else 64 * BAND) // columns // BLOCK * BLOCK)
-    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    parts = slices(weight.shape[0], step)
     return weight.ahead(parts) if ondisk else (weight[part] for part in parts)
 
 
@@ -1381,9 +1390,9 @@ def draw_drafts(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
 def in_chunks(step, token_BT, progress=lambda done, tokens: None):
     """step(slice) -> (B, t, D) over CHUNK positions of token_BT at a time, joined to (B, T, D)."""
     T, parts = token_BT.shape[1], []
-    for start in range(0, T, CHUNK):
-        parts.append(step(slice(start, min(start + CHUNK, T))))
-        progress(min(start + CHUNK, T), T)
+    for part in slices(T, CHUNK):
+        parts.append(step(part))
+        progress(part.stop, T)
     return xp.concatenate(parts, axis=1)
 
 
