@@ -458,13 +458,13 @@ def _per_head(x_BTHX, w_HXY):
     return y_HMY.transpose(1, 0, 2).reshape(B, T, H, -1)
 
 
-def absorbing_is_cheaper(T, S, cfg):
+def absorbing_is_cheaper(T, S, cfg, B=1):
     """Count the multiplications of both forms for T queries over S keys, a head. Few queries: absorb; many: expand,
     unless the keys and values of all heads would be too large."""
     C, R, N, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
     naive = S * C * (N + V) + T * S * (N + R + V)
     absorbed = T * C * (N + V) + T * S * (C + R + C)
-    return absorbed < naive or S * cfg.num_attention_heads * (N + R + V) > EXPANDED
+    return absorbed < naive or B * S * cfg.num_attention_heads * (N + R + V) > EXPANDED
 
 
 def mla(x_BTD, w, layer, cfg, at, cache):
@@ -477,7 +477,8 @@ def mla(x_BTD, w, layer, cfg, at, cache):
         form, kv_BSL = mla_naive, kv_BTL
     else:
         kv_BSL = cache.append(layer, kv_BTL, at.start_B)
-        form = mla_absorbed if absorbing_is_cheaper(x_BTD.shape[1], kv_BSL.shape[1], cfg) else mla_naive
+        B, S, _ = kv_BSL.shape
+        form = mla_absorbed if absorbing_is_cheaper(x_BTD.shape[1], S, cfg, B) else mla_naive
     o_BTHV = form(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, at.visible_BTS)
     return record(name, linear(o_BTHV.reshape(*x_BTD.shape[:2], -1), w, f"{name}.o_proj"))
 
@@ -811,6 +812,9 @@ def check_config(cfg):
     _check_numbers(cfg)
     if cfg.rope_scaling:
         _check_numbers(cfg.rope_scaling)
+    for key, known in (("scoring_func", ("sigmoid", "softmax")),
+                       ("topk_method", ("noaux_tc", "group_limited_greedy", "greedy"))):  # fmt: skip
+        _require(getattr(cfg, key) in known, f"{key} must be one of {', '.join(known)}, not {getattr(cfg, key)!r}")
     _require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
     _require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
     if cfg.first_k_dense_replace < cfg.num_hidden_layers or cfg.num_nextn_predict_layers:
@@ -913,7 +917,8 @@ def read_safetensors(path):
             sound = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end <= data.size
         except (KeyError, TypeError, ValueError):
             sound = False
-        _require(sound and len(shape) < 9, f"{path}: the header's entry for {name!r} is malformed or outside the file")
+        sound = sound and len(shape) < 9 and math.prod(n or 1 for n in shape) < 2**48
+        _require(sound, f"{path}: the header's entry for {name!r} is malformed or outside the file")
         tensors[name] = dtype, data[begin:end]
         if dtype in STORED:
             needed = math.prod(shape) * np.dtype(STORED[dtype]).itemsize
@@ -969,22 +974,22 @@ def decode(dtype, stored, scale=None, out=None):
     if dtype == "F8_E4M3":
         return dequantize_on_cpu(stored, scale, out) if xp is np else dequantize(stored, scale)
     if dtype == "BF16":
-        wide = stored.astype(xp.uint32) if out is None else out.view(np.uint32)
-        wide[...] = stored
-        wide <<= 16
-        return wide.view(xp.float32)
+        bits = stored.astype(xp.uint32) if out is None else out.view(np.uint32)
+        bits[...] = stored
+        bits <<= 16
+        return bits.view(xp.float32)
     return stored
 
 
 def bands(weight):
     """The rows of a matrix in bands of some BAND elements, one after the other. Products go by them wherever the
     matrix lies, so that results do not depend, in any bit, on where that is."""
-    if not (ondisk := isinstance(weight, OnDisk)) and weight.size <= BAND:
-        return [weight]
-    columns = math.prod(weight.shape[1:])
-    step = max(BLOCK, (BAND if xp is np else 64 * BAND) // columns // BLOCK * BLOCK)
-    parts = slices(weight.shape[0], step)
-    return weight.ahead(parts) if ondisk else (weight[part] for part in parts)
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    limit = BAND if xp is np else 64 * BAND
+    step = rows if rows * columns <= limit else max(BLOCK, limit // columns // BLOCK * BLOCK)
+    if isinstance(weight, OnDisk):
+        return weight.ahead(slices(rows, step))
+    return [weight] if step == rows else (weight[part] for part in slices(rows, step))
 
 
 def stack(matrices):
@@ -994,14 +999,14 @@ def stack(matrices):
 
 @functools.cache
 def _threads():
-    """The threads that decode, and the buffers into which they do: memory fresh from the system costs half as much
-    again as the decoding."""
-    return ThreadPoolExecutor(os.cpu_count()), deque(np.empty(BAND, np.float32) for _ in range(os.cpu_count() + 2))
+    """The threads that decode, and buffers of BAND elements into which they do: memory fresh from the system costs half
+    as much again as the decoding."""
+    return ThreadPoolExecutor(os.cpu_count()), deque()
 
 
 class OnDisk:
-    """A matrix for which there is no room in memory: it is decoded anew at each use, on the CPU by all its cores, a few
-    bands ahead of the products."""
+    """A matrix for which there is no room in memory: it is decoded anew at each use, on the CPU by a thread a core, a
+    few bands ahead of the products."""
 
     def __init__(self, stored, scale, dtype):
         (self.stored_as, self.stored), self.scale, self.dtype, self.shape = stored, scale, dtype, stored[1].shape
@@ -1024,7 +1029,7 @@ class OnDisk:
             if part:
                 shape = part.stop - part.start, *self.shape[1:]
                 size = math.prod(shape)
-                buffer = spare.pop() if spare and size <= BAND else np.empty(max(size, BAND), np.float32)
+                buffer = spare.pop() if spare and spare[-1].size >= size else np.empty(max(size, BAND), np.float32)
                 out = buffer[:size].reshape(shape)
                 waiting.append((buffer, pool.submit(self.rows, part, out)))
             elif not waiting:
@@ -1032,7 +1037,8 @@ class OnDisk:
             if len(waiting) > os.cpu_count() or not part:
                 buffer, band = waiting.popleft()
                 yield band.result()
-                spare.append(buffer)
+                if buffer.size == BAND:
+                    spare.append(buffer)
 
     def whole(self):
         if xp is not np or self.stored.size <= BAND:
@@ -1062,28 +1068,38 @@ def _forget(stored):
         mapped.madvise(mmap.MADV_DONTNEED, start, stored.ctypes.data + stored.nbytes - stored.base.ctypes.data - start)
 
 
+def _number(path, pattern):
+    """The number that a pattern finds in one of the system's files; None if there is none."""
+    try:
+        found = re.search(pattern, Path(path).read_text())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
 def free_memory():
-    """Bytes that are free on the GPU, or else on the machine, within the limit of the container; infinite where the
-    system does not tell."""
+    """Bytes that are free on the GPU, or else on the machine, within the limit of its container (cgroup v2); infinite
+    where the system does not tell."""
     if xp is not np:
         return xp.cuda.runtime.memGetInfo()[0]
-    machine, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if not machine.exists():
-        return math.inf
-    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", machine.read_text())[1])
-    limit = container.read_text().strip() if container.exists() else "max"
-    return free if limit == "max" else min(free, int(limit))
+    kilobytes, limit = (
+        _number("/proc/meminfo", r"MemAvailable:\s*(\d+)"),
+        _number("/sys/fs/cgroup/memory.max", r"(\d+)"),
+    )
+    free = math.inf if kilobytes is None else 1024 * kilobytes
+    return free if limit is None else min(free, limit - (_number("/sys/fs/cgroup/memory.stat", r"anon (\d+)") or 0))
 
 
 class Checkpoint(Mapping):
-    """The weights in a directory: tensor name -> array of `xp` in `dtype`, decoded at first use and kept.
+    """The weights in a directory: tensor name -> array of `xp` in `dtype`, decoded at first use and kept, or a matrix
+    `OnDisk` for want of memory.
 
     directory: holds model.safetensors, or shards and model.safetensors.index.json. Only the tensors of `tensor_shapes`
     are members, each checked for its presence and shape now; those of absent MTP modules are not. `unused` lists what
     the files hold beyond that. `{layer}.mlp.experts.{part}_proj.weight` is that part of all experts, stacked.
 
     memory: bytes that decoded tensors may take, by default 70 % of what is free. What finds no room is decoded at each
-    use, the large matrices as `OnDisk`. A tensor stays if there is room, or in the room of others that were used less
+    use. A tensor stays if there is room, or in the room of others that were used less
     often. So of layers walked through in turn always the same ones stay (keeping the latest would keep none), and of
     experts those that are often chosen. Raises InputError.
     """
@@ -1108,6 +1124,7 @@ class Checkpoint(Mapping):
                 scales.add(f"{name}_scale_inv")
                 grid = tuple(-(-n // BLOCK) for n in shape)
                 scale_dtype, scale = stored.get(f"{name}_scale_inv", (None, None))
+                _require(len(shape) == 2, f"{directory}: {name} is FP8, which only a matrix can be")
                 _require(scale is not None, f"{directory}: {name} is FP8 but {name}_scale_inv is missing")
                 _require(scale.shape == grid and scale_dtype in ("F32", "BF16"),
                          f"{directory}: {name}_scale_inv must be F32 or BF16 of shape {list(grid)}")  # fmt: skip
@@ -1115,7 +1132,8 @@ class Checkpoint(Mapping):
         unused = set(stored) - set(self._shapes) - scales
         self.unused = sorted(name for name in unused if not name.endswith(shared))
 
-        self._all_fit = sum(map(math.prod, self._shapes.values())) * self.dtype.itemsize <= self.memory
+        sizes = (math.prod(shape) * self._dtype(name).itemsize for name, shape in self._shapes.items())
+        self._all_fit = sum(sizes) <= self.memory
         self._stacks = {}
         for name in self._shapes:
             if (xp is np or self._all_fit) and (of := re.fullmatch(r"(.*\.mlp\.experts)\.\d+(\..*)", name)):
@@ -1127,9 +1145,7 @@ class Checkpoint(Mapping):
             return self._kept[name]
         if name in self._stacks:
             return self._stack(name)
-        dtype, stored = self.stored[name]
-        routing = ".mlp.gate." in name  # in float32 or better
-        wanted = np.promote_types(self.dtype, np.float32) if routing else self.dtype
+        (dtype, stored), wanted = self.stored[name], self._dtype(name)
         if xp is np and stored.dtype == wanted:
             return stored
         scale = decode(*self.stored[f"{name}_scale_inv"]) if dtype == "F8_E4M3" else None
@@ -1137,7 +1153,11 @@ class Checkpoint(Mapping):
         if self._make_room(name, stored.size * wanted.itemsize):
             self._kept[name] = tensor.whole()
             return self._kept[name]
-        return tensor if stored.ndim == 2 and not routing else tensor.whole()
+        return tensor if stored.ndim == 2 and ".mlp.gate." not in name else tensor.whole()
+
+    def _dtype(self, name):
+        """That of a decoded tensor: the routers' are float32 or better."""
+        return np.promote_types(self.dtype, np.float32) if ".mlp.gate." in name else self.dtype
 
     def _stack(self, name):
         """All experts' matrices as one array. If it stays, the matrices by their own names become views of it."""
@@ -1149,12 +1169,17 @@ class Checkpoint(Mapping):
 
     def _make_room(self, name, size):
         """Whether there is room for a tensor to stay, made if need be at the cost of tensors used less."""
-        while self._taken + size > self.memory:
-            least = min(self._kept, key=self._uses.__getitem__, default=name)
-            if self._uses[least] >= self._uses[name]:
-                return False
-            self._taken -= self._kept.pop(least).nbytes
-        self._taken += size
+        free, yielding = self.memory - self._taken, []
+        for each in sorted((k for k in self._kept if self._uses[k] < self._uses[name]), key=self._uses.__getitem__):
+            if free >= size:
+                break
+            free += self._kept[each].nbytes
+            yielding.append(each)
+        if free < size:
+            return False
+        for each in yielding:
+            del self._kept[each]
+        self._taken = self.memory - free + size
         return True
 
     def __contains__(self, name):
@@ -1187,7 +1212,7 @@ def _read_shards(directory):
 # One loop: feed what is new, choose the next token, let the MTP module guess the one after; verify the guess next time.
 # At the end the trace, by which a port is checked.
 
-CHUNK = 512  # tokens of a prompt that go through the model at once: memory for scores grows with CHUNK x context
+CHUNK = 512  # tokens of a prompt that go through the model at once, which bounds the memory for activations
 
 
 @dataclass(frozen=True)
@@ -1232,10 +1257,8 @@ class Stats:
 
 def _peak_memory():
     """Bytes that this process has had in memory at most; 0 where the system does not tell."""
-    try:  # Linux; its ru_maxrss would count the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-    except OSError:
-        pass
+    if kilobytes := _number("/proc/self/status", r"VmHWM:\s*(\d+) kB"):
+        return 1024 * kilobytes  # on Linux; its ru_maxrss would count the process that started this one
     try:
         import resource
     except ImportError:
@@ -1265,8 +1288,8 @@ def distribution(logits_W, sampling):
 def draw(p_W, rng):
     """An index with probability p_W[index]: the only place where chance enters."""
     cumulated = np.cumsum(p_W)
-    chosen = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
-    return int(min(chosen, np.flatnonzero(p_W)[-1]))
+    chosen = int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
+    return chosen if chosen < len(p_W) else int(np.flatnonzero(p_W)[-1])  # rounded up to the very end
 
 
 def verify(p_W, q_W, draft, rng):
@@ -1350,6 +1373,7 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
         h_BTD = in_chunks(
             lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT, progress
         )
+        progress = lambda *_: None  # the prompt is through  # noqa: E731
         choices = 2 if any(row.draft is not None for row in rows) else 1
         logits_BUW = logits_from([len(row.feed) - 1 for row in rows], choices, h_BTD, w, cfg)
         new = [row.choose(logits_BUW[b], sampling) if row.left else [] for b, row in enumerate(rows)]
@@ -1436,6 +1460,7 @@ def compare(ours, theirs):
         a, b = ours[name], np.asarray(theirs[name])
         if b.dtype == "V2":  # how NumPy stores a bfloat16 that it does not know
             b = (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        _require(b.dtype.kind in "biuf", f"{name} in the file holds no real numbers but {b.dtype}")
         if a.shape != b.shape:
             return False, f"departs at {name}: shape {list(b.shape)} instead of {list(a.shape)}"
         if name.endswith(".gate.indices"):
@@ -1552,11 +1577,12 @@ class Text:
         self.settings = read_json(settings) if settings.exists() else {}
         template = Path(directory) / "chat_template.jinja"
         self.chat_template = template.read_bytes() if template.exists() else self.settings.get("chat_template")
-        self.special = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key in ("bos_token", "eos_token")
-            if (value := self.settings.get(key))
-        }
+        self.special = {}
+        for key in ("bos_token", "eos_token"):
+            value = self.settings.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            _require(value is None or isinstance(value, str), f"{settings}: {key} must be a string, not {value!r}")
+            self.special |= {key: value} if value else {}
 
     def encode(self, text, special=True):
         """Token ids of a prompt. special: begin with BOS, once, if the tokenizer or its configuration says so."""
@@ -1792,6 +1818,9 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    except MemoryError as e:
+        say(f"deepseek_v3.py: out of memory: {_first_line(e)}; a smaller --memory, batch or prompt may fit")
+        return 2
     except OSError as e:  # stdout: its reader has gone, as in `| head -1`, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is flushed there at the exit
         if isinstance(e, BrokenPipeError):

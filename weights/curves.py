@@ -1,10 +1,10 @@
 """Draw curves.svg from the logs of a run of train.py and of its control, and print the figures of README.md.
 
     pip install numpy matplotlib
-    python weights/curves.py my-weights/state/log.jsonl control/state/log.jsonl
+    python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
 
-The control is the same run with --no-bias-update; it may be shorter: the loads compared are those of both runs' steps
-from 1,000 before the shorter one's end.
+The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
+1,000 steps of the shorter one.
 """
 
 import json
@@ -18,7 +18,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same logs, the same bytes
 from matplotlib import pyplot as plt  # noqa: E402
 
-LAST = 1000  # steps over which loads are added up and violations averaged
+LAST, WIDTH = 1000, 100  # steps over which loads are added up; over which a curve is smoothed
 
 
 def violation(load_SLE):
@@ -26,8 +26,10 @@ def violation(load_SLE):
     return load_SLE.max(-1) / load_SLE.mean(-1) - 1
 
 
-def smooth(values, width=50):
-    return np.convolve(values, np.ones(width) / width, "valid")
+def curve(axes, values, label):
+    """The mean of each WIDTH steps."""
+    values = np.array(values[: len(values) // WIDTH * WIDTH]).reshape(-1, WIDTH).mean(1)
+    axes.plot(WIDTH * (0.5 + np.arange(len(values))), values, label=label, linewidth=1)
 
 
 def main(paths):
@@ -38,22 +40,22 @@ def main(paths):
     for name, load_SLE in zip(names, loads, strict=True):
         worst = violation(load_SLE)
         print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
-              f"{worst[end - LAST:end].mean():.2f}, last {LAST} {worst[-LAST:].mean():.2f}")  # fmt: skip
+              f"{worst[end - LAST:end].mean():.2f}, its last {LAST} {worst[-LAST:].mean():.2f}")  # fmt: skip
 
     layers = loads[0].shape[1]
     figure = plt.figure(figsize=(10, 6), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     loss, valid, balance = top.subplots(1, 3)
-    for key, label in (("main", "next token"), ("mtp", "MTP, the one after")):
-        loss.plot(smooth([step[key] for step in runs[0]]), label=label, linewidth=0.8)
+    curve(loss, [step["main"] for step in runs[0]], "next token")
+    curve(loss, [step["mtp"] for step in runs[0]], "MTP: the one after")
     loss.set(title="training loss, nats a token", xlabel="step", ylim=(1, 5))
     loss.legend()
     held = [(step["step"], step["validation_bits_per_byte"]) for step in runs[0] if "validation_bits_per_byte" in step]
     valid.plot(*zip(*held, strict=True))
-    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.75, 1.5))
+    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.8, 1.5))
     valid.grid(alpha=0.3)
     for name, load_SLE in zip(names, loads, strict=True):
-        balance.plot(smooth(violation(load_SLE).mean(1)), label=name, linewidth=0.8)
+        curve(balance, violation(load_SLE).mean(1), name)
     balance.set(title="MaxVio, mean of the layers", xlabel="step", ylim=(0, None))
     balance.legend()
     for layer, axes in enumerate(bottom.subplots(1, layers, sharey=True)):
