@@ -200,10 +200,10 @@ def linear(x, w, name):
 
 
 def product(x_MX, w_YX):
-    """x W^T. NumPy is given what its BLAS does best. Of a few rows: each by itself, over a piece of W that the cache
-    keeps for the next row, so that two rows cost little more than one. Of some more: (W x^T)^T."""
+    """x W^T. NumPy is given what its BLAS does best: a few rows one by one, over a piece of W that the cache keeps for
+    the next row, so that two cost little more than one; some more as (W x^T)^T."""
     M, X = x_MX.shape
-    if xp is not np or M == 1 or M > 64:
+    if xp is not np or M == 1 or M > 64 or (M == 2 and w_YX.size <= 2**18):
         return x_MX @ w_YX.T
     if M > 4:
         return (w_YX @ x_MX.T).T

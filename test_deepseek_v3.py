@@ -284,6 +284,16 @@ def test_rms_norm_ignores_scale(seed, factor):
     assert_close(dsv3.rms_norm(x, weight[0], 0.5), x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5) * weight[0])
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (300, 2), (200, 5000), (2, 600_000)])
+def test_products_of_every_form_are_one(shape):
+    """One row, a few, some, many, over matrices of one piece and of several: x W^T."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(shape)
+    for rows in (1, 2, 3, 4, 5, 64, 65):
+        x = rng.standard_normal((rows, shape[1]))
+        assert_close(dsv3.product(x, w), np.einsum("mx,yx->my", x, w), 1e-12)
+
+
 def test_half_precision_is_widened_for_statistics_and_rounded_once_before_the_weight():
     x = np.array([300.0, -0.5], np.float16)  # 300^2 overflows float16
     weight = np.array([1.0009765625, 3.0], np.float16)
@@ -1056,6 +1066,7 @@ def test_fp8_blocks_are_code_times_scale_bit_for_bit(rows, columns, seed):
     values = code.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     expected = np.array([[values[i, j] * scale[i // 128, j // 128] for j in range(columns)] for i in range(rows)])
     assert got.dtype == np.float32 and np.array_equal(got, expected)
+    assert dsv3.dequantize(code, scale).tobytes() == got.tobytes()  # the definition
 
 
 def test_every_bf16_value_reads_as_ml_dtypes_reads_it():
@@ -2375,10 +2386,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
     monkeypatch.setattr(dsv3, "xp", np)  # the trainer sets jax.numpy; this puts NumPy back afterwards
     train = importlib.import_module("train")
     cfg = replace(train.MODEL, vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=16)
-    for name, value in {"MODEL": cfg, "SEQUENCES": 2, "LENGTH": 16, "SAVE_EVERY": -1, "VALIDATE_EVERY": 3}.items():
+    for name, value in {
+        "MODEL": cfg,
+        "CYCLES": ((3, 1e-3), (2, 1e-3)),
+        "SEQUENCES": 2,
+        "LENGTH": 16,
+        "SAVE_EVERY": -1,
+        "VALIDATE_EVERY": 3,
+    }.items():
         monkeypatch.setattr(train, name, value)
     (tmp_path / "text").write_text("Once upon a time there was a cat. It sat.\n<|endoftext|>\n" * 60)
-    common = ["--text", str(tmp_path / "text"), "--steps", "5"]
+    common = ["--text", str(tmp_path / "text")]
     train.main([*common, "--out", str(tmp_path / "whole")])
 
     saves, replace_file = itertools.count(1), os.replace

@@ -43,11 +43,12 @@ MODEL = dsv3.Config(
 )  # fmt: skip
 INIT_STD = 0.03
 SEQUENCES, LENGTH = 16, 256  # of one batch
-PEAK, FLOOR, WARMUP = 2.5e-3, 0.05, 100  # learning rate, the share of it left at the end, steps of warm-up
+CYCLES = (2400, 2.5e-3), (1000, 1.25e-3)  # steps and peak learning rate; the schedules below run in each of them
+FLOOR, WARMUP = 0.05, 100  # the share of the peak that is left at the end, steps of warm-up
 BETA1, BETA2, DECAY, CLIP = 0.9, 0.95, 0.1, 1.0  # AdamW, and the gradient norm that is clipped to
-GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of the steps after which it is frozen
+GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of a cycle after which it is frozen
 ALPHA = 0.0001  # weight of the sequence-wise balance loss
-LAMBDA, LAMBDA_LATE, LATE_FROM = 0.3, 0.1, 0.67  # weight of the MTP loss, first and from this share of the steps on
+LAMBDA, LAMBDA_LATE, LATE_FROM = 0.3, 0.1, 0.67  # weight of the MTP loss, first and from this share of a cycle on
 VALIDATION = 0.02  # the last stories, never trained on
 VALIDATE_EVERY, SAVE_EVERY = 250, 120  # steps; seconds
 
@@ -106,12 +107,16 @@ def make_step(unravel, decayed):
     return step
 
 
-def learning_rate(step, steps):
-    """Linear warm-up, then a cosine from PEAK to PEAK x FLOOR."""
-    if step < WARMUP:
-        return PEAK * (step + 1) / WARMUP
+def schedule(step):
+    """Learning rate (linear warm-up, then a cosine to FLOOR), lambda and gamma of a step."""
+    for steps, peak in CYCLES:  # noqa: B007
+        if step < steps:
+            break
+        step -= steps
     progress = (step - WARMUP) / max(1, steps - WARMUP)
-    return PEAK * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
+    rate = (step + 1) / WARMUP if step < WARMUP else FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
+    late, frozen = step >= LATE_FROM * steps, step >= GAMMA_UNTIL * steps
+    return peak * rate, LAMBDA_LATE if late else LAMBDA, 0.0 if frozen else GAMMA
 
 
 def validation_bits(w, tokenizer, stories, length=512):
@@ -164,7 +169,6 @@ def main(argv=None):
     parser.add_argument("--text", type=Path, required=True, help="stories, each followed by a line <|endoftext|>")
     parser.add_argument("--out", type=Path, required=True, help="directory for the finished checkpoint")
     parser.add_argument("--state", type=Path, help="directory for the state and the log (default: OUT/state)")
-    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-bias-update", action="store_true", help="the control: gamma 0 throughout")
     args = parser.parse_args(argv)
@@ -200,15 +204,15 @@ def main(argv=None):
             log.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     step, entries, last_save = make_step(unravel, decayed), [], time.monotonic()
-    first = int(state["step"])
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
+    first, last = int(state["step"]), sum(steps for steps, _ in CYCLES)
+    bar = tqdm(range(first, last), initial=first, total=last, unit="step", mininterval=5)
     for i in bar:
-        mtp_weight = LAMBDA_LATE if i >= LATE_FROM * args.steps else LAMBDA
-        gamma = 0.0 if args.no_bias_update or i >= GAMMA_UNTIL * args.steps else GAMMA
+        rate, mtp_weight, gamma = schedule(i)
+        gamma = 0.0 if args.no_bias_update else gamma
         start = np.random.default_rng([args.seed, i]).integers(0, stream.size - LENGTH, SEQUENCES)
         token_BX = stream[start[:, None] + np.arange(LENGTH + 1)]
         began = time.monotonic()
-        state, figures = step(state, token_BX, learning_rate(i, args.steps), mtp_weight, gamma)
+        state, figures = step(state, token_BX, rate, mtp_weight, gamma)
         figures = {k: np.asarray(v).tolist() for k, v in figures.items()}
         bar.set_postfix(loss=f"{figures['main']:.3f}", tok_s=f"{SEQUENCES * LENGTH / (time.monotonic() - began):.0f}")
         entry = {"step": i + 1} | figures
@@ -217,7 +221,7 @@ def main(argv=None):
             entry["validation_bits_per_byte"] = validation_bits(w, tokenizer, held_out[:64])
             tqdm.write(f"step {i + 1}: {entry['validation_bits_per_byte']:.4f} bits a byte on 64 held-out stories")
         entries.append(entry)
-        if time.monotonic() - last_save > SAVE_EVERY or i + 1 == args.steps:
+        if time.monotonic() - last_save > SAVE_EVERY or i + 1 == last:
             save(entries)
             entries, last_save = [], time.monotonic()
 
