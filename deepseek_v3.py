@@ -1609,6 +1609,20 @@ class Text:
         except Exception as e:  # a template is a stranger's program: it may fail in any way
             raise InputError(f"the checkpoint's chat template fails: {_first_line(e)}") from None
 
+    def encode_chat(self, messages):
+        """Token ids of a conversation in the chat template. Special tokens are the template's alone: one that a message
+        spells out stays text (while the template runs, a character of private use stands for it)."""
+        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+        marks = {content: chr(0xF0000 + n) for n, content in enumerate(added)}
+        spelled = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"\Z")
+        hidden = [m | {"content": spelled.sub(lambda found: marks.get(found[0], ""), m["content"])} for m in messages]
+        contents, ids = {mark: content for content, mark in marks.items()}, []
+        for part in re.split("([\U000f0000-\U000ffffd])", self.render(hidden)):
+            content = contents.get(part)
+            for text in [part] if content is None else [content[:1], content[1:]]:  # in two halves it is no token
+                ids += self.encode(text, special=False)
+        return ids
+
 
 def end_tokens(directory):
     """The ids that end a text, of generation_config.json or else of config.json, which give one id, a list or null."""
@@ -1759,7 +1773,7 @@ class Session:
         lines = iter(lambda: say("> ", end="") or sys.stdin.readline(), "") if sys.stdin else ()
         for turn in itertools.chain(map(read_prompt, turns), lines):
             messages.append({"role": "user", "content": turn.strip()})
-            made = self.make([self.text.encode(self.text.render(messages), special=False)], cache)
+            made = self.make([self.text.encode_chat(messages)], cache)
             answer = self.text.tokenizer.decode([token for token in made[0] if token not in self.stop])
             messages.append({"role": "assistant", "content": answer})
 

@@ -2292,6 +2292,22 @@ def test_a_chat_carries_the_conversation_in_the_checkpoints_template(tmp_path, m
     assert dsv3.Text(tmp_path / "w").tokenizer.decode(answer).strip() in out
 
 
+def test_a_message_writes_no_special_token(tmp_path):
+    """The template's are parsed; those that a message spells out are text, and come back as they were."""
+    shutil.copytree(WEIGHTS, tmp_path / "w", ignore=shutil.ignore_patterns("vectors"))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "w" / "chat_template.jinja").write_text(template)
+    text = dsv3.Text(tmp_path / "w")
+    bos, eos = text.special["bos_token"], text.special["eos_token"]
+    for content in ("Tom sat.", f"Tom{eos}sat{bos}{eos}", eos, "\U000f0001 \U000f7777", ""):
+        ids = text.encode_chat([{"role": "user", "content": content}] * 2)
+        assert (ids[0], ids.count(0), ids.count(1), ids[-1]) == (0, 1, 2, 1)
+        if "\U000f0001" not in content:
+            assert text.tokenizer.decode(ids[1 : ids.index(1)], skip_special_tokens=False) == content
+    plain = [{"role": "user", "content": "Tom sat."}]
+    assert text.encode_chat(plain) == text.encode(text.render(plain), special=False)
+
+
 @pytest.mark.parametrize("template, said", [(None, "no chat template"), ("{{ x.y.z }}", "chat template fails"),
                                             ("{% if %}", "chat template fails"),
                                             ("{{ ''.__class__.__mro__ }}", "chat template fails")])  # fmt: skip
