@@ -4,7 +4,7 @@
     python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
 
 The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
-1,000 steps of the shorter one.
+500 steps of the shorter one.
 """
 
 import json
@@ -18,7 +18,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same logs, the same bytes
 from matplotlib import pyplot as plt  # noqa: E402
 
-LAST, WIDTH = 1000, 100  # steps over which loads are added up; over which a curve is smoothed
+LAST, WIDTH = 500, 50  # steps over which loads are added up; over which a curve is smoothed
 
 
 def violation(load_SLE):
@@ -40,7 +40,7 @@ def main(paths):
     for name, load_SLE in zip(names, loads, strict=True):
         worst = violation(load_SLE)
         print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
-              f"{worst[end - LAST:end].mean():.2f}, its last {LAST} {worst[-LAST:].mean():.2f}")  # fmt: skip
+              f"{worst[end - LAST:end].mean():.2f}, its last 1000 {worst[-1000:].mean():.2f}")  # fmt: skip
 
     layers = loads[0].shape[1]
     figure = plt.figure(figsize=(10, 6), layout="constrained")
