@@ -100,6 +100,11 @@ def slices(n, step):
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
+def join(parts, axis):
+    """Concatenated along an axis, unless there is but one part."""
+    return xp.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
+
+
 def one_hot(index, n):
     """Boolean (..., n): where the last axis equals index (...)."""
     return index[..., None] == xp.arange(n)
@@ -192,8 +197,7 @@ class Config:
 def linear(x, w, name):
     """W x, plus the bias where the checkpoint has one. x (..., in), `name.weight` (out, in) -> (..., out)."""
     x_MX = x.reshape(-1, x.shape[-1])
-    parts = [product(x_MX, band_YX) for band_YX in bands(w[f"{name}.weight"])]
-    y = xp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    y = join([product(x_MX, band_YX) for band_YX in bands(w[f"{name}.weight"])], axis=1)
     if f"{name}.bias" in w:
         y = y + w[f"{name}.bias"]
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -208,7 +212,7 @@ def product(x_MX, w_YX):
     if M > 4:
         return (w_YX @ x_MX.T).T
     pieces = [w_YX[part] @ x_MX[:, :, None] for part in slices(len(w_YX), max(1, 2**19 // X))]
-    return (np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])[:, :, 0]
+    return join(pieces, axis=1)[:, :, 0]
 
 
 def rms_norm(x, weight, eps):
@@ -390,7 +394,7 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     heads = max(1, limit // (B * Z * S))
     rows = Z if heads > 1 else max(1, limit // (B * S))
     parts = [[some(j, z) for z in slices(Z, rows)] for j in slices(J, heads)]
-    out_BJZY = xp.concatenate([xp.concatenate(of_heads, axis=2) for of_heads in parts], axis=1)
+    out_BJZY = join([join(of_heads, axis=2) for of_heads in parts], axis=1)
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
 
 
@@ -1417,7 +1421,7 @@ def in_chunks(step, token_BT, progress=lambda done, tokens: None):
     for part in slices(T, CHUNK):
         parts.append(step(part))
         progress(part.stop, T)
-    return xp.concatenate(parts, axis=1)
+    return join(parts, axis=1)
 
 
 def logits_from(first, count, h_BTD, w, cfg):

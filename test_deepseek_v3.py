@@ -2460,11 +2460,13 @@ def random_weights(cfg):
 
 
 def in_turn(*steps, n=15):
-    """The median seconds of each step, the steps taken in turn n times after once for warming up."""
+    """The median seconds of each step, the steps taken in turn n times after once for warming up, with a pause before
+    each: the threads of one side's libraries wait for more work for some time, at the other's cost."""
     seconds = []
     for _ in range(n + 1):
         seconds.append([])
         for step in steps:
+            time.sleep(0.2)
             start = time.perf_counter()
             step()
             seconds[-1].append(time.perf_counter() - start)
