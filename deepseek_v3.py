@@ -383,7 +383,6 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     Z = T * (H // J)
     q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
     k_BJXS, v_BJSY = k_BSJX.transpose(0, 2, 3, 1), v_BSJY.transpose(0, 2, 1, 3)
-
     token_Z = xp.arange(Z) // (H // J)
 
     def some(j, z):
@@ -978,8 +977,11 @@ def decode(dtype, stored, scale=None, out=None):
     if dtype == "F8_E4M3":
         return dequantize_on_cpu(stored, scale, out) if xp is np else dequantize(stored, scale)
     if dtype == "BF16":
-        bits = stored.astype(xp.uint32) if out is None else out.view(np.uint32)
-        bits[...] = stored
+        if out is None:
+            bits = stored.astype(xp.uint32)
+        else:
+            bits = out.view(np.uint32)
+            bits[...] = stored
         bits <<= 16
         return bits.view(xp.float32)
     return stored

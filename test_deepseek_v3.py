@@ -435,9 +435,9 @@ def test_attention_some_rows_at_a_time_is_the_same(monkeypatch, scores):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(shape) for shape in ((2, 5, 6, 3), (2, 7, 2, 3), (2, 7, 2, 4)))
     visible = np.arange(7) <= np.array([[2], [0]])[:, None] + np.arange(5)[:, None]
-    whole = dsv3.attention(q, k, v, visible, 0.3)
+    expected = plain_attention(q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2), visible, 0.3)
     monkeypatch.setattr(dsv3, "SCORES", scores)
-    assert_close(dsv3.attention(q, k, v, visible, 0.3), whole)
+    assert_close(dsv3.attention(q, k, v, visible, 0.3), expected)
     for limit in (3072, 3071):  # 64 positions of 3 heads of 7 + 4 + 5
         monkeypatch.setattr(dsv3, "EXPANDED", limit)
         assert dsv3.absorbing_is_cheaper(64, 64, SMALL) == (limit < 3072)
