@@ -194,6 +194,9 @@ class Config:
 # Four small functions, and the angles of RoPE, are all that the rest is made of.
 
 
+ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
+
+
 def linear(x, w, name):
     """W x, plus the bias where the checkpoint has one. x (..., in), `name.weight` (out, in) -> (..., out)."""
     x_MX = x.reshape(-1, x.shape[-1])
@@ -203,16 +206,22 @@ def linear(x, w, name):
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def product(x_MX, w_YX):
-    """x W^T. NumPy is given what its BLAS does best: a few rows one by one, over a piece of W that the cache keeps for
-    the next row, so that two cost little more than one; some more as (W x^T)^T."""
-    M, X = x_MX.shape
-    if xp is not np or M == 1 or M > 64 or (M == 2 and w_YX.size <= 2**18):
-        return x_MX @ w_YX.T
+def product(x, w):
+    """x W^T: x (..., M, X), w (..., Y, X) -> (..., M, Y). NumPy is given what its BLAS does best.
+
+    Few rows of a matrix too small for BLAS to use two cores: dot products row by row, which stream W from memory twice
+    as fast. Of a larger one: row after row of x over a piece of W that the cache keeps for the next, so that two cost
+    little more than one. Some more: (W x^T)^T.
+    """
+    M, (Y, X) = x.shape[-2], w.shape[-2:]
+    if xp is np and M <= 4 and X >= 128 and Y * X <= ONE_CORE:
+        return xp.vecdot(w[..., None, :, :], x[..., None, :])
+    if xp is not np or M == 1 or M > 64 or (M == 2 and Y * X <= 2**18):
+        return x @ w.swapaxes(-1, -2)
     if M > 4:
-        return (w_YX @ x_MX.T).T
-    pieces = [w_YX[part] @ x_MX[:, :, None] for part in slices(len(w_YX), max(1, 2**19 // X))]
-    return join(pieces, axis=1)[:, :, 0]
+        return (w @ x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    pieces = [w[..., None, part, :] @ x[..., None] for part in slices(Y, max(1, 2**19 // X))]
+    return join(pieces, axis=-2)[..., 0]
 
 
 def rms_norm(x, weight, eps):
@@ -382,11 +391,11 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     S, J, Y = v_BSJY.shape[1:]
     Z = T * (H // J)
     q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
-    k_BJXS, v_BJSY = k_BSJX.transpose(0, 2, 3, 1), v_BSJY.transpose(0, 2, 1, 3)
+    k_BJSX, v_BJSY = k_BSJX.transpose(0, 2, 1, 3), v_BSJY.transpose(0, 2, 1, 3)
     token_Z = xp.arange(Z) // (H // J)
 
     def some(j, z):
-        score = q_BJZX[:, j, z] @ k_BJXS[:, j]
+        score = product(q_BJZX[:, j, z], k_BJSX[:, j])
         return softmax(xp.where(visible_BTS[:, None, token_Z[z]], score, -xp.inf)) @ v_BJSY[:, j]
 
     limit = SCORES if xp is np else 32 * SCORES
@@ -457,6 +466,8 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
 def _per_head(x_BTHX, w_HXY):
     """Multiply each head by a matrix of its own -> (B, T, H, Y)."""
     B, T, H, X = x_BTHX.shape
+    if xp is np and B * T == 1:
+        return xp.einsum("BTHX,HXY->BTHY", x_BTHX, w_HXY)
     y_HMY = x_BTHX.reshape(B * T, H, X).transpose(1, 0, 2) @ w_HXY
     return y_HMY.transpose(1, 0, 2).reshape(B, T, H, -1)
 

@@ -284,14 +284,22 @@ def test_rms_norm_ignores_scale(seed, factor):
     assert_close(dsv3.rms_norm(x, weight[0], 0.5), x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5) * weight[0])
 
 
-@pytest.mark.parametrize("shape", [(3, 2), (300, 2), (200, 5000), (2, 600_000)])
+@pytest.mark.parametrize(
+    "shape", [(3, 2), (300, 2), (3, 200), (200, 5000), (2, 600_000), (2, 3, 40, 130), (2, 1, 9, 4)]
+)
 def test_products_of_every_form_are_one(shape):
-    """One row, a few, some, many, over matrices of one piece and of several: x W^T."""
+    """One row, a few, some, many, over matrices of one piece and of several, one pair or a batch of them: x W^T."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal(shape)
     for rows in (1, 2, 3, 4, 5, 64, 65):
-        x = rng.standard_normal((rows, shape[1]))
-        assert_close(dsv3.product(x, w), np.einsum("mx,yx->my", x, w), 1e-12)
+        x = rng.standard_normal((*shape[:-2], rows, shape[-1]))
+        assert_close(dsv3.product(x, w), np.einsum("...mx,...yx->...my", x, w), 1e-12)
+
+
+def test_batched_products_go_in_pieces_too():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 3, 4, 1000)), rng.standard_normal((2, 3, 600, 1000))
+    assert_close(dsv3.product(x, w), np.einsum("...mx,...yx->...my", x, w), 1e-12)
 
 
 def test_half_precision_is_widened_for_statistics_and_rounded_once_before_the_weight():
@@ -1792,7 +1800,7 @@ def test_under_cupys_rules_the_bits_are_numpys(tmp_path, monkeypatch, dtype, mem
     objective."""
     directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantized(make_weights(GUESSABLE)))
     prompts, tokens = [[1, 2, 3, 0, 1], [3]], make_tokens(GUESSABLE, 0, 2, 7)
-    monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.T)  # NumPy has forms of its own
+    monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.swapaxes(-1, -2))  # NumPy has forms of its own
     if memory == 0:  # nothing is kept on either side, so experts are not gathered on either
         monkeypatch.setattr(dsv3, "gathering_is_cheaper", lambda *_: False)
 

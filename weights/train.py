@@ -43,7 +43,11 @@ MODEL = dsv3.Config(
 )  # fmt: skip
 INIT_STD = 0.03
 SEQUENCES, LENGTH = 16, 256  # of one batch
-CYCLES = (2400, 2.5e-3), (1000, 1.25e-3)  # steps and peak learning rate; the schedules below run in each of them
+CYCLES = (
+    (2400, 2.5e-3),
+    (1000, 1.25e-3),
+    (1600, 1.25e-3),
+)  # steps and peak learning rate; the schedules below run in each
 FLOOR, WARMUP = 0.05, 100  # the share of the peak that is left at the end, steps of warm-up
 BETA1, BETA2, DECAY, CLIP = 0.9, 0.95, 0.1, 1.0  # AdamW, and the gradient norm that is clipped to
 GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of a cycle after which it is frozen
