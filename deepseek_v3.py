@@ -216,7 +216,7 @@ def product(x, w):
     M, (Y, X) = x.shape[-2], w.shape[-2:]
     if xp is np and M <= 4 and X >= 128 and Y * X <= ONE_CORE:
         return xp.vecdot(w[..., None, :, :], x[..., None, :])
-    if xp is not np or M == 1 or M > 64 or (M == 2 and Y * X <= 2**18):
+    if xp is not np or M == 1 or M > 192 or (M == 2 and Y * X <= 2**18):
         return x @ w.swapaxes(-1, -2)
     if M > 4:
         return (w @ x.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -324,7 +324,9 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
-SCORES = 2**21  # that attention holds at a time (on a GPU 32 times as many): they stay in the CPU's cache, and memory
+SCORES = (
+    2**18
+)  # that attention holds at a time (on a GPU 256 times as many): they stay in the cache of a core, and memory
 # grows with the context, not with its square
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
@@ -393,12 +395,13 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
     k_BJSX, v_BJSY = k_BSJX.transpose(0, 2, 1, 3), v_BSJY.transpose(0, 2, 1, 3)
     token_Z = xp.arange(Z) // (H // J)
+    mask_BTS = xp.where(visible_BTS, 0, -xp.inf).astype(q_BTHX.dtype)
 
     def some(j, z):
         score = product(q_BJZX[:, j, z], k_BJSX[:, j])
-        return softmax(xp.where(visible_BTS[:, None, token_Z[z]], score, -xp.inf)) @ v_BJSY[:, j]
+        return softmax(score + mask_BTS[:, None, token_Z[z]]) @ v_BJSY[:, j]
 
-    limit = SCORES if xp is np else 32 * SCORES
+    limit = SCORES if xp is np else 256 * SCORES
     heads = max(1, limit // (B * Z * S))
     rows = Z if heads > 1 else max(1, limit // (B * S))
     parts = [[some(j, z) for z in slices(Z, rows)] for j in slices(J, heads)]

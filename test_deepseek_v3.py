@@ -23,11 +23,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -291,7 +293,7 @@ def test_products_of_every_form_are_one(shape):
     """One row, a few, some, many, over matrices of one piece and of several, one pair or a batch of them: x W^T."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal(shape)
-    for rows in (1, 2, 3, 4, 5, 64, 65):
+    for rows in (1, 2, 3, 4, 5, 192, 193):
         x = rng.standard_normal((*shape[:-2], rows, shape[-1]))
         assert_close(dsv3.product(x, w), np.einsum("...mx,...yx->...my", x, w), 1e-12)
 
@@ -2446,7 +2448,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
 
 
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
-# pytest -m benchmark -s: ratios of medians, both sides of each taken in turn in one run; no time is asserted.
+# pytest -m benchmark -s: ratios taken in one run, both sides in turn; no time is asserted.
 
 MID = dsv3.Config(
     vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, q_lora_rank=384, kv_lora_rank=256,
@@ -2468,8 +2470,8 @@ def random_weights(cfg):
 
 
 def in_turn(*steps, n=15):
-    """The median seconds of each step, the steps taken in turn n times after once for warming up, with a pause before
-    each: the threads of one side's libraries wait for more work for some time, at the other's cost."""
+    """Seconds (n, steps), the steps taken in turn after once for warming up, with a pause before each: the threads of
+    one side's libraries wait for more work for some time, at the other's cost."""
     seconds = []
     for _ in range(n + 1):
         seconds.append([])
@@ -2478,20 +2480,30 @@ def in_turn(*steps, n=15):
             start = time.perf_counter()
             step()
             seconds[-1].append(time.perf_counter() - start)
-    return np.median(seconds[1:], axis=0)
+    return np.array(seconds[1:])
+
+
+def times_faster(seconds):
+    """How many times faster the first step is than the second: the median over the turns, whose two sides the machine
+    treats alike."""
+    return np.median(seconds[:, 1] / seconds[:, 0])
 
 
 def decoding(w, cfg, context, batch=1):
-    """-> a step that decodes one more token of each row."""
-    cache = dsv3.Cache(batch, context + 64)
+    """-> a step that decodes one more token of each row, after random ones."""
+    cache = dsv3.Cache(batch, context + 256)
     tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (batch, context))
     for t in range(0, context, 512):
         dsv3.forward(tokens[:, t : t + 512], w, cfg, cache, np.full(batch, t))
-    at = itertools.count(context)
+    return one_more(w, cfg, cache, context)
+
+
+def one_more(w, cfg, cache, start):
+    """-> a step that decodes one more token of each row, the first at position `start`."""
+    at, token_B1 = itertools.count(start), np.full((len(cache.tokens), 1), 3)
 
     def step():
-        start = next(at)
-        return dsv3.head(dsv3.forward(tokens[:, start % context, None], w, cfg, cache, np.full(batch, start)), w, cfg)
+        return dsv3.head(dsv3.forward(token_B1, w, cfg, cache, np.full(len(token_B1), next(at))), w, cfg)
 
     return step
 
@@ -2515,10 +2527,11 @@ def test_speed_beside_the_machines_limits():
     weights, row = touched(cfg)
     print(f"\n{sum(x.size for x in w.values()) / 1e6:.0f} M parameters, {weights / 1e9:.2f} GB a token")
     for context in (128, 4096):
-        ours, limit = in_turn(decoding(w, cfg, context), lambda: matrix @ vector)
-        bound = (weights + row * context) * limit / matrix.nbytes
-        print(f"decode, context {context:5}   {1 / ours:6.1f} tok/s   {bound / ours:4.0%} of sgemv's "
-              f"{matrix.nbytes / limit / 1e9:.0f} GB/s")  # fmt: skip
+        seconds = in_turn(decoding(w, cfg, context), lambda: matrix @ vector, n=31)
+        ours, limit = np.median(seconds, axis=0)
+        share = (weights + row * context) / matrix.nbytes * times_faster(seconds)
+        print(f"decode, context {context:5}   {1 / ours:6.1f} tok/s   {share:4.0%} of sgemv's "
+              f"{matrix.nbytes / limit / 1e9:.0f} GB/s", flush=True)  # fmt: skip
     for T in (512, 4096):
         tokens = rng.integers(0, cfg.vocab_size, (1, T))
         multiplications = T * (weights / 4 - cfg.vocab_size * cfg.hidden_size)
@@ -2530,10 +2543,11 @@ def test_speed_beside_the_machines_limits():
             for t in range(0, T, dsv3.CHUNK):
                 dsv3.forward(tokens[:, t : t + dsv3.CHUNK], w, cfg, cache, np.array([t]))
 
-        ours, limit = in_turn(prefill, lambda: square @ square, n=5 if T > 512 else 15)
-        bound = multiplications / 2048**3 * limit
-        print(f"prefill {T:14}   {T / ours:6.0f} tok/s   {bound / ours:4.0%} of sgemm's "
-              f"{2 * 2048**3 / limit / 1e9:.0f} GFLOP/s")  # fmt: skip
+        seconds = in_turn(prefill, lambda: square @ square, n=5 if T > 512 else 15)
+        ours, limit = np.median(seconds, axis=0)
+        share = multiplications / 2048**3 * times_faster(seconds)
+        print(f"prefill {T:14}   {T / ours:6.0f} tok/s   {share:4.0%} of sgemm's "
+              f"{2 * 2048**3 / limit / 1e9:.0f} GFLOP/s", flush=True)  # fmt: skip
 
 
 @pytest.mark.benchmark
@@ -2547,8 +2561,9 @@ def test_speed_beside_hugging_face_transformers(tmp_path):
     w = {name: x.astype(ml_dtypes.bfloat16) for name, x in random_weights(MID).items()}
     directory = write_checkpoint(tmp_path / "mid", MID, w)
 
-    def row(label, ours, theirs, tokens):
-        print(f"{label:32} {tokens / ours:8.1f} tok/s   HF {tokens / theirs:8.1f}   {theirs / ours:5.2f}x", flush=True)
+    def row(label, seconds, tokens):
+        ours, theirs = tokens / np.median(seconds, axis=0)
+        print(f"{label:32} {ours:8.1f} tok/s   HF {theirs:8.1f}   {times_faster(seconds):5.2f}x", flush=True)
 
     def load(path):
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -2570,14 +2585,14 @@ def test_speed_beside_hugging_face_transformers(tmp_path):
         dsv3.head(dsv3.forward(first, w, MID, dsv3.Cache(1)), w, MID)
 
     seconds = in_turn(ours_loaded, lambda: load(directory)(torch.from_numpy(first)), n=5)
-    print(f"{'load to first token, warm':32} {seconds[0]:8.2f} s       HF {seconds[1]:8.2f} s "
-          f"{seconds[1] / seconds[0]:7.2f}x")  # fmt: skip
+    ours, theirs = np.median(seconds, axis=0)
+    print(f"{'load to first token, warm':32} {ours:8.2f} s       HF {theirs:8.2f} s {times_faster(seconds):7.2f}x")
     w, model = dsv3.Checkpoint(directory, MID), load(directory)
     for name in w:
         w[name]  # decoded beforehand, as HF has
     for context, batch, n in ((128, 1, 31), (128, 8, 15), (4096, 1, 15)):
         pair = in_turn(decoding(w, MID, context, batch), hf_decoding(model, context, batch), n=n)
-        row(f"decode, context {context}, batch {batch}", *pair, batch)
+        row(f"decode, context {context}, batch {batch}", pair, batch)
     for T, n in ((512, 15), (4096, 2)):
         tokens = np.random.default_rng(3).integers(0, MID.vocab_size, (1, T))
 
@@ -2589,10 +2604,116 @@ def test_speed_beside_hugging_face_transformers(tmp_path):
 
         theirs = torch.from_numpy(tokens)
         pair = in_turn(prefill, lambda: model(theirs, use_cache=True, logits_to_keep=1), n=n)  # noqa: B023
-        row(f"prefill {T}", *pair, T)
+        row(f"prefill {T}", pair, T)
     cfg = dsv3.read_config(WEIGHTS)
     w, model = dsv3.Checkpoint(WEIGHTS, cfg), load(WEIGHTS)
-    row("shipped weights, decode", *in_turn(decoding(w, cfg, 64), hf_decoding(model, 64), n=50), 1)
+    steps = [decoding(w, cfg, 64), hf_decoding(model, 64)]
+    row("shipped weights, decode", in_turn(*[lambda step=step: [step() for _ in range(10)] for step in steps]), 10)
+
+
+PEAK_OF_OURS = """
+import numpy as np, deepseek_v3 as dsv3
+cfg = dsv3.read_config({directory!r})
+w, cache = dsv3.Checkpoint({directory!r}, cfg), dsv3.Cache(1, 4097)
+tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, 4097))
+for t in range(0, 4097, dsv3.CHUNK):
+    h = dsv3.forward(tokens[:, t : t + dsv3.CHUNK], w, cfg, cache, np.array([t]))
+dsv3.head(h[:, -1:], w, cfg)
+print(dsv3._peak_memory(), sum(w[name].nbytes for name in w), cache.nbytes)
+"""
+PEAK_OF_HF = """
+import numpy as np, torch, transformers, deepseek_v3 as dsv3
+torch.set_grad_enabled(False)
+model = transformers.AutoModelForCausalLM.from_pretrained({directory!r}, dtype=torch.float32).eval()
+tokens = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 4097)))
+out = model(tokens[:, :4096], use_cache=True, logits_to_keep=1)
+model(tokens[:, 4096:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+print(dsv3._peak_memory())
+"""
+
+
+def printed(program, **given):
+    """The numbers that a Python program prints."""
+    command = [sys.executable, "-c", program.format(**given)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return [float(x) for x in done.stdout.split()]
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", ["mid", "wide"])
+def test_memory_at_4096_tokens(name, tmp_path):
+    """The peak of a process that reads the checkpoint, takes in 4,096 tokens and decodes one more."""
+    cfg = {"mid": MID, "wide": WIDE}[name]
+    w = {name: x.astype(ml_dtypes.bfloat16) for name, x in random_weights(cfg).items()}
+    directory = str(write_checkpoint(tmp_path / name, cfg, w))
+    del w
+    peak, weights, cache = printed(PEAK_OF_OURS, directory=directory)
+    print(f"\n{name}: peak {peak / 1e9:.2f} GB, {peak / (weights + cache):.2f}x its weights in float32 "
+          f"({weights / 1e9:.2f}) and cache ({cache / 1e9:.2f})")  # fmt: skip
+    if name == "mid" and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        (theirs,) = printed(PEAK_OF_HF, directory=directory)
+        print(f"{name}: HF {theirs / 1e9:.2f} GB, {theirs / peak:.2f}x ours")
+
+
+def test_the_memory_of_a_prompt_grows_with_its_length_not_with_its_square():
+    w = random_weights(SMALL)
+    assert prefill_memory(w, SMALL, 4096) < 2.1 * prefill_memory(w, SMALL, 2048)
+
+
+@pytest.mark.benchmark
+def test_growth():
+    """Decoding against the context and against the experts there are; memory of a prompt against its length."""
+    cfg = replace(MID, num_hidden_layers=4, vocab_size=2000, max_position_embeddings=2**16)
+    w, contexts = random_weights(cfg), [2**n for n in range(7, 16)]
+    steps = [one_more(w, cfg, full_cache(cfg, S), S) for S in contexts]
+    ms = np.median(in_turn(*steps), axis=0) * 1e3
+    slope, base = np.polyfit(contexts, ms, 1)
+    print(f"\ndecoding, 4 layers: {base:.2f} ms + {slope * 1e3:.3f} ms for each 1,000 positions, "
+          f"{touched(cfg)[1] / slope / 1e6:.1f} GB/s of cache")  # fmt: skip
+    for S, measured in zip(contexts, ms, strict=True):
+        print(f"  context {S:6}: {measured:6.2f} ms, on the line {base + slope * S:6.2f}")
+    models = [replace(cfg, n_routed_experts=E) for E in (8, 32, 128)]
+    ms = np.median(in_turn(*[decoding(random_weights(c), c, 128) for c in models]), axis=0) * 1e3
+    for c, measured in zip(models, ms, strict=True):
+        print(
+            f"  {c.n_routed_experts:3} experts, 4 activated: {measured:6.2f} ms, {touched(c)[0] / 1e6:.0f} MB touched"
+        )
+    for T in (1024, 2048, 4096, 8192):
+        print(f"  prompt of {T:5} tokens: {prefill_memory(w, cfg, T) / 1e6:6.1f} MB beside the weights")
+
+
+def full_cache(cfg, context):
+    """A cache with random latents for `context` positions and room for some more."""
+    cache, rng = dsv3.Cache(1), np.random.default_rng(0)
+    row = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    for layer in range(cfg.num_hidden_layers):
+        cache.layers[layer] = rng.standard_normal((1, context + 64, row), np.float32)
+    return cache
+
+
+def prefill_memory(w, cfg, T):
+    """Bytes, at most, that NumPy holds for taking in T tokens, the cache included."""
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, T))
+    tracemalloc.start()
+    cache = dsv3.Cache(1, T)
+    for t in range(0, T, dsv3.CHUNK):
+        dsv3.forward(tokens[:, t : t + dsv3.CHUNK], w, cfg, cache, np.array([t]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.benchmark
+def test_starting_up():
+    """The whole command, up to the first token, beside the imports that it cannot do without."""
+    steps = [["deepseek_v3.py", "--prompt", "Once upon a time", "-n", "1"], ["-c", "import numpy, tokenizers"]]
+    run = [partial(subprocess.run, [sys.executable, *step], cwd=HERE, capture_output=True) for step in steps]
+    seconds = in_turn(*run)
+    ours, imports = np.median(seconds, axis=0)
+    print(
+        f"\nfirst token after {ours:.2f} s; import numpy, tokenizers {imports:.2f} s: {1 / times_faster(seconds):.2f}x"
+    )
 
 
 @pytest.mark.benchmark
@@ -2606,7 +2727,8 @@ def test_speed_of_speculation(shipped):
         for prompt in prompts:
             generated([prompt], w, cfg, 120, speculate=speculate, stats=stats)
 
-    plain, with_mtp = in_turn(lambda: tell(False), lambda: tell(True))
+    seconds = in_turn(lambda: tell(True), lambda: tell(False))
     made = sum(len(generated([prompt], w, cfg, 120)[0]) for prompt in prompts)
-    print(f"\nplain {made / plain:.0f} tok/s, with MTP {made / with_mtp:.0f} tok/s: {plain / with_mtp:.2f}x, "
+    with_mtp, plain = made / np.median(seconds, axis=0)
+    print(f"\nplain {plain:.0f} tok/s, with MTP {with_mtp:.0f} tok/s: {times_faster(seconds):.2f}x, "
           f"{stats.accepted / stats.drafted:.0%} of the drafts accepted")  # fmt: skip
