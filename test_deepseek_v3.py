@@ -8,6 +8,7 @@ Properties run in float64 to TIGHT, relative to the largest value; where float32
 stated with the test. Parity is with Hugging Face transformers, whose activations are shipped as data.
 """
 
+import functools
 import importlib
 import inspect
 import io
@@ -24,7 +25,6 @@ import subprocess
 import sys
 import time
 import types
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -766,50 +766,39 @@ def test_the_balance_loss_as_printed(cfg, seed):
 # ---- 6, 7. The model, multi-token prediction, the objective ----------------------------------------------------------
 
 
-PARITY = np.load(WEIGHTS / "vectors" / "parity.npz")
-CASES = sorted(key.removesuffix("/config") for key in PARITY if key.endswith("/config"))
+VECTORS = WEIGHTS / "vectors"
+sys.path.insert(0, str(VECTORS))
+kit = importlib.import_module("case")
+INDEX, PARITY = json.loads(kit.INDEX.read_text("utf-8")), np.load(VECTORS / "parity.npz")
+CASES = [
+    name for name, case in INDEX.items() if case["function"] == "trace" and name not in ("chunks", "ragged", "half")
+]
 
 
-def formula(name, shape):
-    """The weights of the parity data, a hash of name and index; weights/vectors/make_parity.py has the same lines."""
-    h = np.uint64(zlib.crc32(name.encode())) + np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435769)
-    h &= np.uint64(0xFFFFFFFF)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor) & np.uint64(0xFFFFFFFF)
-    u = (h / 2**31 - 1).reshape(shape)
-    if name.endswith("norm.weight"):
-        return 1 + 0.3 * u
-    if name.endswith("e_score_correction_bias"):
-        return 0.1 * u
-    if name.endswith(".bias"):
-        return 0.3 * u
-    return 1.7 * u if "embed_tokens" in name else 1.5 * math.sqrt(3 / shape[1]) * u
+@functools.cache
+def stored(case):
+    """Configuration and weights of a case, as its checkpoint stores them."""
+    cfg = dsv3.parse_config(INDEX[case]["config"])
+    return cfg, {name: kit.weight(INDEX[case], name, shape) for name, shape in dsv3.tensor_shapes(cfg).items()}
 
 
 def parity_case(case, dtype):
     """Configuration, weights, tokens, and what Hugging Face transformers computes in float64 under our names."""
-    config, scales, shifts = (json.loads(str(PARITY[f"{case}/{part}"])) for part in ("config", "scale", "shift"))
-    cfg, w = dsv3.parse_config(config), {}
-    for name, shape in dsv3.tensor_shapes(cfg).items():
-        x = formula(name, shape)
-        for changes, change in ((scales, np.multiply), (shifts, np.add)):
-            for suffix, amount in changes.items():
-                x = change(x, amount) if name.endswith(suffix) else x
-        w[name] = x.astype(dtype)
-    names = [key.removeprefix(f"{case}/") for key in PARITY if key.startswith(f"{case}/")]
-    expected = {name: PARITY[f"{case}/{name}"] for name in names if name.startswith(("model.", "lm_head"))}
-    return cfg, w, PARITY[f"{case}/tokens"].tolist(), expected
+    (cfg, w), (tokens,) = stored(case), INDEX[case]["prompts"]
+    return cfg, {name: x.astype(dtype) for name, x in w.items()}, tokens, expected(case)
+
+
+def expected(case):
+    return {name: PARITY[f"{case}/{name}"] for name in INDEX[case]["arrays"]}
 
 
 def check_parity(case, dtype, tolerance):
     """Every array that an independent implementation computed; the chosen experts exactly, in float32 too."""
     cfg, w, tokens, expected = parity_case(case, dtype)
     named = dsv3.trace([tokens], {name: dsv3.to_device(x) for name, x in w.items()}, cfg)
-    named["lm_head_tail"] = named["lm_head"][-8:]
-    assert "lm_head" in expected or "lm_head_tail" in expected
     for name, x in expected.items():
         got = named[name]
-        if ".gate." in name:  # listed by expert
+        if name.endswith((".gate.indices", ".gate.weights")):  # listed by expert
             order = np.argsort(named[name.replace("weights", "indices")], axis=-1)
             got = np.take_along_axis(got, order, axis=-1)
         if name.endswith("indices"):

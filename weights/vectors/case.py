@@ -1,0 +1,92 @@
+"""Write a case of the conformance kit as a checkpoint, config.json and model.safetensors, and print its command:
+
+    python weights/vectors/case.py ID DIRECTORY        # without arguments, a list of the cases
+
+index.json describes each case:
+    function      what the port computes: trace, training_objective, dequantize or update_bias
+    equation      of the paper, or the section
+    why           the bug or dispute that the case guards against, and `see`, where it was met: owner/repository#number
+    origin        where the expected values come from
+    config        the config.json
+    weights       how those of `formula` are changed: for each tensor whose name ends with the key, `scale` multiplies
+                  it, then `shift` is added to it, or `set` gives its values; last, all are rounded to torch_dtype
+    prompts       token ids, one list for each row of the batch
+    chunks        if there: how many of these tokens enter the cache at a time
+    arguments     if there: the further arguments of the function, in order, or the names of those in parity.npz
+    arrays        the names of the expected arrays, in the order of computation; in parity.npz as "{id}/{name}"
+    tolerance     of a difference, relative to the array's rms, by the bytes of the port's floating-point numbers
+"""
+
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+INDEX = Path(__file__).with_name("index.json")
+STORED = {"float32": "F32", "float16": "F16"}
+
+
+def formula(name, shape):
+    """The tensor called name: u in [-1, 1), a 32-bit hash of name and index, times what the tensor's purpose asks for.
+
+    All is integer arithmetic modulo 2^32 until u, and double precision from there."""
+    h = (zlib.crc32(name.encode()) + np.arange(math.prod(shape), dtype=np.uint64) * 2654435769) & 0xFFFFFFFF
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    u = ((h ^ h >> 16) / 2**31 - 1).reshape(shape)
+    if name.endswith("norm.weight"):
+        return 1 + 0.3 * u
+    if name.endswith("bias"):
+        return u * (0.1 if name.endswith("e_score_correction_bias") else 0.3)
+    return u * 1.7 if name.endswith("embed_tokens.weight") else u * math.sqrt(3 / shape[-1]) * 1.5
+
+
+def weight(case, name, shape):
+    """One tensor of a case, in the dtype in which its checkpoint stores it."""
+    x, changes = formula(name, shape), case["weights"]
+    for how in ("scale", "shift", "set"):
+        for suffix, value in changes.get(how, {}).items():
+            if name.endswith(suffix):
+                x = x * value if how == "scale" else x + value if how == "shift" else np.reshape(value, shape)
+    return x.astype(case["config"]["torch_dtype"])
+
+
+def write(case, directory):
+    """A directory in the Hugging Face layout. deepseek_v3.py is asked for the names and shapes of the tensors only."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from deepseek_v3 import parse_config, tensor_shapes
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(case["config"], indent=1))
+    header, data = {}, bytearray()
+    for name, shape in tensor_shapes(parse_config(case["config"])).items():
+        begin = len(data)
+        data += weight(case, name, shape).tobytes()
+        header[name] = {"dtype": STORED[case["config"]["torch_dtype"]], "shape": shape,
+                        "data_offsets": [begin, len(data)]}  # fmt: skip
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text += b" " * (-len(text) % 8)
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return directory
+
+
+def main(arguments):
+    cases = json.loads(INDEX.read_text("utf-8"))
+    if len(arguments) != 2:
+        print(*(f"{name:18} {case['equation']:24} {case['why']}" for name, case in cases.items()), sep="\n")
+        return 0 if not arguments else "usage: python case.py ID DIRECTORY"
+    name, directory = arguments
+    if name not in cases or "config" not in cases[name]:
+        return f"{name!r} is no case with a checkpoint; without arguments, a list"
+    write(cases[name], directory)
+    tokens = " ".join(f'--tokens "{" ".join(map(str, prompt))}"' for prompt in cases[name]["prompts"])
+    print(f"python deepseek_v3.py --weights {directory} {tokens} --dtype float64 -n 0 --compare yours.npz")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
