@@ -2121,6 +2121,322 @@ def test_each_reason_for_having_no_gpu_is_one_line_and_auto_takes_the_cpu(monkey
     assert "\n" not in str(refusal.value)
 
 
+# ---- The conformance kit ---------------------------------------------------------------------------------------------
+# weights/vectors/case.py says what a case is. A port is a module with some of the functions of `as_port`.
+
+
+def as_port(module, dtype=np.float64):
+    """deepseek_v3.py, or a copy with a mistake, as a port."""
+
+    def load(directory):
+        cfg, config = module.read_config(directory), json.loads((directory / "config.json").read_text())
+        return cfg, module.Checkpoint(directory, cfg, np.float16 if config["torch_dtype"] == "float16" else dtype)
+
+    def trace(directory, prompts, chunks=None):
+        cfg, w = load(directory)
+        if chunks is None:
+            return module.trace(prompts, w, cfg)
+        cache, start, parts = module.Cache(1), 0, []
+        for token_BT in np.split(np.array(prompts), np.cumsum(chunks)[:-1], axis=1):
+            with module.recording() as named:
+                h_BTD = module.forward(token_BT, w, cfg, cache, np.array([start]))
+                module.record("lm_head", module.head(h_BTD, w, cfg))
+            parts.append(named)
+            start += token_BT.shape[1]
+        return {name: np.concatenate([named[name][0] for named in parts]) for name in parts[0]}
+
+    def training_objective(directory, prompts, mtp_weight, balance_weight):
+        cfg, w = load(directory)
+        total, parts = module.training_objective(w, np.array(prompts), cfg, mtp_weight, balance_weight)
+        values = {"total": total, "main": parts["main"], "balance": parts["balance"]}
+        values |= {f"mtp.{k}": x for k, x in enumerate(parts["mtp"], 1)}
+        return {name: np.asarray(x, dtype) for name, x in values.items()}  # counts have made some of them float64
+
+    def dequantize(code, scale):
+        return module.decode("F8_E4M3", code, scale)
+
+    return types.SimpleNamespace(trace=trace, training_objective=training_objective, dequantize=dequantize,
+                                 update_bias=module.update_bias)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory):
+    """answer(port, case) -> the arrays that a port makes of a case; a case that it has no function for is skipped."""
+
+    @functools.cache
+    def directory(case):
+        return kit.write(INDEX[case], tmp_path_factory.mktemp("cases") / case)
+
+    def answer(port, case):
+        it = INDEX[case]
+        if not hasattr(port, it["function"]):
+            pytest.skip(f"the port has no {it['function']}")
+        function = getattr(port, it["function"])
+        try:
+            if "config" in it:
+                return function(directory(case), it["prompts"], *it.get("arguments", []))
+            result = function(*(PARITY[f"{case}/arguments/{name}"] for name in it["arguments"]))
+            return {it["arrays"][0]: result}
+        except NotImplementedError as e:
+            pytest.skip(str(e))
+
+    return answer
+
+
+def judge(case, got):
+    """(whether the arrays that a port returned are right, the verdict). It need not return all, but the last one."""
+    it, want = INDEX[case], expected(case)
+    if it["arrays"][-1] not in got:
+        pytest.skip(f"the port returned no {it['arrays'][-1]}")
+    got = {name: np.asarray(got[name]) for name in want if name in got}
+    for name in got:  # a NaN where one belongs is right
+        if got[name].shape == want[name].shape and np.isnan(want[name]).any():
+            right = np.isnan(want[name]) & np.isnan(got[name])
+            want[name], got[name] = (np.where(right, x.dtype.type(0), x) for x in (want[name], got[name]))
+    return dsv3.compare(want, got, {int(size): limit for size, limit in it["tolerance"].items()})
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", INDEX)
+def test_vectors(case, answer):
+    """DSV3_PORT=module python -m pytest -k test_vectors: a port's verdict; without DSV3_PORT this file's."""
+    port = importlib.import_module(os.environ["DSV3_PORT"]) if "DSV3_PORT" in os.environ else as_port(dsv3)
+    agree, verdict = judge(case, answer(port, case))
+    assert agree, f"{verdict}\n{INDEX[case]['why']} {' '.join(INDEX[case]['see'])}"
+
+
+ROUTE, Q, K = "model.layers.1.mlp.gate", "model.layers.0.self_attn.q_rope", "model.layers.0.self_attn.k_rope"
+LATENT, ATTENTION, EH = "model.layers.0.self_attn.kv_latent", "model.layers.0.self_attn", "model.layers.2.eh_proj"
+MISTAKES = {  # what: edits, the vectors that must fail, where --compare must point, the hint that it must give
+    "experts of other groups masked with 0, not -inf": (
+        [("choice_BTGX, -xp.inf)", "choice_BTGX, 0)")], ["negative_bias"], f"{ROUTE}.indices", None),
+    "group score: the best alone": (
+        [("[..., -2 if biased else -1 :]", "[..., -1:]")], ["group_scores"], f"{ROUTE}.indices", None),
+    "group score: the sum of all": (
+        [("[..., -2 if biased else -1 :]", "")], ["group_scores"], f"{ROUTE}.indices", None),
+    "group score from unbiased affinities": (
+        [("xp.sort(choice_BTGX, ", "xp.sort(score_BTE.reshape(choice_BTGX.shape), ")],
+        ["group_scores"], f"{ROUTE}.indices", None),
+    "no groups": (
+        [("if cfg.n_group > 1 and", "if cfg.n_group > 99 and")],
+        ["v3_yarn", "many_groups"], f"{ROUTE}.indices", "there were no groups"),
+    "V2's groups ranked by their two best": (
+        [("-2 if biased else -1", "-2")], ["v2"], f"{ROUTE}.indices", None),
+    "ties to the highest index": (
+        [("argsort(-score, axis=-1, **stable)[..., :k]", "argsort(score, axis=-1, **stable)[..., ::-1][..., :k]")],
+        ["ties_experts", "ties_groups"], f"{ROUTE}.indices", None),
+    "ties of groups to the highest index": (
+        [("one_hot(top_k(group_BTG, cfg.topk_group)",
+          "one_hot(cfg.n_group - 1 - top_k(group_BTG[..., ::-1], cfg.topk_group)")],
+        ["ties_groups"], f"{ROUTE}.indices", None),
+    "the bias unused": (
+        [('score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"])', "score_BTE")],
+        ["group_scores", "ties_experts"], f"{ROUTE}.indices", "the biases did not enter the choice"),
+    "the bias in the gates": (
+        [("gate_BTK = xp.take_along_axis(score_BTE,", "gate_BTK = xp.take_along_axis(choice_BTE,")],
+        ["v3_yarn", "unnormalised"], f"{ROUTE}.weights", "the biases entered the gates"),
+    "affinity as biased minus bias": (
+        [("gate_BTK = xp.take_along_axis(score_BTE,",
+          'gate_BTK = xp.take_along_axis(choice_BTE - wide(w[f"{name}.gate.e_score_correction_bias"]),')],
+        ["tiny_affinities"], f"{ROUTE}.weights", None),
+    "guard 1e-6 in the normalisation": ([("+ 1e-20)", "+ 1e-6)")], ["tiny_affinities"], f"{ROUTE}.weights", None),
+    "gates not normalised": (
+        [("if cfg.norm_topk_prob:", "if False:")], ["v3_yarn"], f"{ROUTE}.weights", "norm_topk_prob were the opposite"),
+    "gates always normalised": (
+        [("if cfg.norm_topk_prob:", "if True:")],
+        ["unnormalised"], f"{ROUTE}.weights", "norm_topk_prob were the opposite"),
+    "gates not scaled": (
+        [("gate_BTK * cfg.routed_scaling_factor)", "gate_BTK)")],
+        ["v3_yarn", "k2_like"], f"{ROUTE}.weights", "routed_scaling_factor were 1"),
+    "gates scaled only where normalised": (
+        [("gate_BTK * cfg.routed_scaling_factor)",
+          "gate_BTK * (cfg.routed_scaling_factor if cfg.norm_topk_prob else 1))")],
+        ["unnormalised"], f"{ROUTE}.weights", "routed_scaling_factor were 1"),
+    "router in half precision": (
+        [("affinity(wide(x_BTD) @ weight_ED.T)", "affinity(x_BTD @ weight_ED.astype(x_BTD.dtype).T)")],
+        ["half"], "model.layers.0.mlp.gate.scores", None),
+    "RMSNorm rounded once, after the weight": (
+        [("normed.astype(x.dtype, copy=False) * weight", "(normed * weight).astype(x.dtype, copy=False)")],
+        ["half"], "model.layers.0.input_layernorm", None),
+    "rms_norm_eps in the norms on the latents": (
+        [('kv_a_layernorm.weight"], LATENT_EPS', 'kv_a_layernorm.weight"], cfg.rms_norm_eps'),
+         ('q_a_layernorm.weight"], LATENT_EPS', 'q_a_layernorm.weight"], cfg.rms_norm_eps')],
+        ["latent_eps", "moonlight"], Q, "the norms on the latents took rms_norm_eps"),
+    "RoPE on halves": (
+        [("    if interleave:\n", "    if not interleave:\n")],
+        ["v3_yarn", "attention_bias"], Q, "RoPE paired other elements"),
+    "keys rotated backwards": (
+        [("rope(k_rope_BTR, at.cos_BTP, at.sin_BTP,", "rope(k_rope_BTR, at.cos_BTP, -at.sin_BTP,")],
+        ["v3_yarn"], K, None),
+    "YaRN off within the original context": (
+        [("is None:\n        return freq_P", "is None or True:\n        return freq_P")],
+        ["v3_yarn", "yarn_range"], Q, "YaRN were off"),
+    "YaRN on the key alone": (
+        [("    cos_BTP, sin_BTP = at.cos_BTP, at.sin_BTP\n",
+          "    plain = positions(at.start_B, x_BTD.shape[1], replace(cfg, rope_scaling=None), x_BTD.dtype)\n"
+          "    cos_BTP, sin_BTP = plain.cos_BTP, plain.sin_BTP\n")],
+        ["v3_yarn"], Q, "YaRN were off"),
+    "all frequencies divided by the factor": (
+        [("freq_P * (1 - slowed_P) + freq_P / yarn.factor * slowed_P", "freq_P / yarn.factor")], ["v3_yarn"], Q, None),
+    "YaRN's range not rounded": (
+        [("low, high = math.floor(low), math.ceil(high)", "pass")],
+        ["v3_yarn", "yarn_range"], Q, "YaRN's range were rounded otherwise"),
+    "YaRN's range held at the last pair": (
+        [("min(high, cfg.qk_rope_head_dim - 1)", "min(high, freq_P.size - 1)")], ["yarn_range"], Q, None),
+    "no factor on cos and sin": (
+        [("rope_magnitude(cfg) * f(angle_BTP)", "f(angle_BTP)")],
+        ["hf5_spelling", "mscale_all_dim_0"], Q, "cos and sin lacked YaRN's factor"),
+    "no mscale^2 in the softmax scale": (
+        [("** -0.5 * mscale**2", "** -0.5")],
+        ["v3_yarn", "mscale_707"], ATTENTION, "the softmax scale lacked mscale^2"),
+    "mscale, not its square": ([("* mscale**2", "* mscale")], ["v3_yarn", "mscale_707"], ATTENTION, None),
+    "mscale for mscale_all_dim": (
+        [("yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn and yarn.mscale_all_dim",
+          "yarn_mscale(yarn.factor, yarn.mscale) if yarn and yarn.mscale")],
+        ["hf5_spelling", "mscale_all_dim_0"], ATTENTION, None),
+    "1 / sqrt of the absorbed size": (
+        [("(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) **", "(cfg.kv_lora_rank + cfg.qk_rope_head_dim) **")],
+        ["v3_yarn"], ATTENTION, None),
+    "the latent not normed": (
+        [('rms_norm(c_BTC, w[f"{name}.kv_a_layernorm.weight"], LATENT_EPS)', "c_BTC")], ["v3_yarn"], LATENT, None),
+    "heads of q as [rope ; nope]": (
+        [("q_nope_BTHN, q_rope_BTHR = q_BTHY[..., : cfg.qk_nope_head_dim], q_BTHY[..., cfg.qk_nope_head_dim :]",
+          "q_rope_BTHR, q_nope_BTHN = q_BTHY[..., : cfg.qk_rope_head_dim], q_BTHY[..., cfg.qk_rope_head_dim :]")],
+        ["v3_yarn"], Q, "the heads of q were [rope ; nope]"),
+    "kv_a as [k_R ; c_KV]": (
+        [("c_BTC, k_rope_BTR = kv_BTL[..., : cfg.kv_lora_rank], kv_BTL[..., cfg.kv_lora_rank :]",
+          "k_rope_BTR, c_BTC = kv_BTL[..., : cfg.qk_rope_head_dim], kv_BTL[..., cfg.qk_rope_head_dim :]")],
+        ["v3_yarn"], LATENT, "kv_a_proj_with_mqa were [k_R ; c_KV]"),
+    "heads of kv_b as [v ; k]": (
+        [("k_nope_BSHN, v_BSHV = kv_BSHY[..., : cfg.qk_nope_head_dim], kv_BSHY[..., cfg.qk_nope_head_dim :]",
+          "v_BSHV, k_nope_BSHN = kv_BSHY[..., : cfg.v_head_dim], kv_BSHY[..., cfg.v_head_dim :]")],
+        ["v3_yarn"], ATTENTION, "the heads of kv_b_proj were [v ; k]"),
+    "k_R for the first head alone": (
+        [("xp.broadcast_to(k_rope_BSR[:, :, None], (",
+          "xp.where(xp.arange(cfg.num_attention_heads)[:, None] > 0, 0, k_rope_BSR[:, :, None]) * xp.ones((")],
+        ["v3_yarn"], ATTENTION, None),
+    "positions start again in each chunk": (
+        [("angle_BTP = position_BT[:, :, None]", "angle_BTP = np.arange(T)[None, :, None]")], ["chunks"], Q, None),
+    "a chunk sees only itself": (
+        [("visible_BTS = np.arange(start_B.max() + T) <= position_BT[:, :, None]",
+          "visible_BTS = np.arange(start_B.max() + T) <= position_BT[:, :, None]\n"
+          "    visible_BTS &= np.arange(start_B.max() + T) >= start_B[:, None, None]")], ["chunks"], ATTENTION, None),
+    "absorbed values for keys": (
+        [("return up_HXC[:, : cfg.qk_nope_head_dim], up_HXC[:, cfg.qk_nope_head_dim :]",
+          "return up_HXC[:, -cfg.qk_nope_head_dim :], up_HXC[:, : -cfg.qk_nope_head_dim]")],
+        ["chunks"], ATTENTION, None),
+    "all rows cached as the first": (
+        [("kept[b, start : start + T] = kv_BTL[b]", "kept[b, start : start + T] = kv_BTL[0]")],
+        ["ragged"], "1/model.layers.0.self_attn", None),
+    "MTP: [state ; embedding]": (
+        [("xp.concatenate([embedded_BTD, state_BTD]", "xp.concatenate([state_BTD, embedded_BTD]")],
+        ["mtp"], EH, "eh_proj took [state ; embedding]"),
+    "MTP: the state before model.norm": (
+        [('    return record("model.norm", ', '    global last\n    last = x_BTD\n    return record("model.norm", '),
+         ("state_BTD = rms_norm(h_BTD,", "state_BTD = rms_norm(last[:, :T] if k == 1 else h_BTD,")],
+        ["mtp"], EH, "the MTP module took the state before model.norm"),
+    "MTP: the state before shared_head.norm": (
+        [('    name = f"model.layers.{cfg.num_hidden_layers + k - 1}"\n',
+          '    global last\n    name = f"model.layers.{cfg.num_hidden_layers + k - 1}"\n'),
+         ("state_BTD = rms_norm(h_BTD,", "state_BTD = rms_norm(h_BTD if k == 1 else last[:, :T],"),
+         ('return rms_norm(x_BTD, w[f"{name}.shared', 'last = x_BTD\n    return rms_norm(x_BTD, w[f"{name}.shared')],
+        ["mtp_depth_2"], "model.layers.3.eh_proj",
+        "the MTP module took the state before model.layers.2.shared_head.norm"),
+    "MTP: embedding masked at position 0": (
+        [("embedded_BTD = rms_norm(embedded_BTD,",
+          "embedded_BTD = embedded_BTD * (xp.arange(T) > 0)[:, None].astype(h_BTD.dtype)\n"
+          "    embedded_BTD = rms_norm(embedded_BTD,")], ["mtp"], EH, None),
+    "MTP: model.norm for shared_head.norm": (
+        [('w[f"{name}.shared_head.norm.weight"]', 'w["model.norm.weight"]')],
+        ["mtp"], "model.layers.2.shared_head", None),
+    "balance loss: f from the biased choice": (
+        [("def balance_loss(score_BTE, cfg):", "def balance_loss(score_BTE, cfg, chosen):"),
+         ("one_hot(top_k(score_BTE, K), E)", "one_hot(chosen, E)"),
+         ("balance_loss(score_BTE, cfg) for score_BTE in scores.values()",
+          'balance_loss(score_BTE, cfg, named[f"{name}.indices"]) for name, score_BTE in scores.items()')],
+        ["losses"], "balance", None),
+    "balance loss without the MTP modules": (
+        [("for score_BTE in scores.values()", "for score_BTE in list(scores.values())[:-depth]")],
+        ["losses"], "balance", None),
+    "MTP loss divided by T - k": (
+        [("xp.mean(xp.sum(loss_BT, axis=1)) / T", "xp.mean(loss_BT)")], ["losses"], "mtp.1", None),
+    "MTP losses summed, not averaged": (
+        [("sum(losses) / max(depth, 1)", "sum(losses)")], ["losses"], "total", None),
+    "bias update: sign(0) = 1": (
+        [("xp.sign(xp.mean(load_E) - load_E)", "xp.where(xp.mean(load_E) >= load_E, 1, -1)")],
+        ["update_bias"], "bias", None),
+    "bias update centred": (
+        [("    return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype)",
+          "    step_E = xp.sign(xp.mean(load_E) - load_E)\n    return bias_E + gamma * (step_E - xp.mean(step_E))")],
+        ["update_bias"], "bias", None),
+    "FP8 divided by the scale": ([("part *= np.repeat(", "part /= np.repeat(")], ["fp8"], "weight", None),
+    "FP8 blocks of columns / scales": (
+        [("np.repeat(scale_X, BLOCK)[:columns]", "np.repeat(scale_X, -(-columns // len(scale_X)))[:columns]")],
+        ["fp8"], "weight", None),
+    "FP8 code 0x7f read as 480": ([("    value[code & 127 == 127] = np.nan\n", "")], ["fp8"], "weight", None),
+}  # fmt: skip
+
+
+def planted(edits):
+    """A copy of deepseek_v3.py with a mistake. What an edit replaces must be there, once."""
+    source = (HERE / "deepseek_v3.py").read_text("utf-8")
+    for old, new in edits:
+        assert source.count(old) == 1, f"{source.count(old)} times in deepseek_v3.py, not once: {old}"
+        source = source.replace(old, new)
+    module = types.ModuleType("planted")
+    exec(compile(source, "planted.py", "exec"), vars(module))
+    return module
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_planted_mistake_is_caught_and_found(what, answer):
+    """In float32, as most ports compute: its vectors fail, and --compare names where it is, and its kind if it can."""
+    edits, vectors, where, hint = MISTAKES[what]
+    port = as_port(planted(edits), np.float32)
+    for vector in vectors:
+        agree, verdict = judge(vector, answer(port, vector))
+        assert not agree, f"{vector} does not show it: {verdict}"
+        assert vector != vectors[0] or INDEX[vector]["function"] == "trace" or f"departs at {where}: " in verdict
+    if "layers" in where:
+        assert (where, hint or "") == found_by_compare(vectors[0], answer(port, vectors[0]))
+    if "RoPE" in what or "YaRN" in what or "mscale" in what:
+        assert judge("one_token", answer(port, "one_token"))[0] or "cos and sin" in what
+
+
+def found_by_compare(case, theirs):
+    """The array and the kind of mistake that --compare names."""
+    it, (cfg, w) = INDEX[case], stored(case)
+    dtype = np.float16 if case == "half" else np.float64
+    w, prompts = {name: x.astype(dtype) for name, x in w.items()}, it["prompts"]
+    ours, tolerance = dsv3.trace(prompts, w, cfg), {int(size): limit for size, limit in it["tolerance"].items()}
+    mistakes = functools.partial(dsv3.known_mistakes, ours=ours, prompts=prompts, w=w, cfg=cfg)
+    _, verdict = dsv3.compare(ours, theirs, tolerance, mistakes)
+    return re.fullmatch(r"departs at (\S+): .*?(?:; as if (.*))?", verdict).groups("")
+
+
+def test_an_untouched_copy_passes_in_float32_too(answer):
+    port = as_port(planted([]), np.float32)
+    for case in INDEX:
+        agree, verdict = judge(case, answer(port, case))
+        assert agree, f"{case}: {verdict}"
+
+
+def test_every_case_says_why_and_every_row_of_the_readme_has_its_vector():
+    text = (HERE / "README.md").read_text("utf-8")
+    for name, case in INDEX.items():
+        assert case["why"] and case["equation"] and case["origin"] and case["arrays"] and case["tolerance"], name
+        assert all(re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", address) for address in case["see"]), name
+    rows = re.findall(r"^\|(?:[^|]+\|){4}([^|]+)\|$", text, re.M)[2:]
+    assert len(rows) > 25
+    for cell in rows:
+        vectors = re.findall(r"`(\w+)`", cell)
+        assert vectors and set(vectors) <= set(INDEX), cell
+    table = [f"| {what} | {' '.join(f'`{vector}`' for vector in vectors)} | `{where}` |{' yes' if hint else ''} |\n"
+             for what, (_, vectors, where, hint) in MISTAKES.items()]  # fmt: skip
+    print("".join(table))
+    assert "".join(table) in text
+
+
 # ---- The shipped checkpoint ------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,8 @@ index.json describes each case:
     weights       how those of `formula` are changed: for each tensor whose name ends with the key, `scale` multiplies
                   it, then `shift` is added to it, or `set` gives its values; last, all are rounded to torch_dtype
     prompts       token ids, one list for each row of the batch
-    chunks        if there: how many of these tokens enter the cache at a time
-    arguments     if there: the further arguments of the function, in order, or the names of those in parity.npz
+    arguments     if there: the function's further ones (of trace: how many tokens enter the cache at a time); where
+                  there is no config, the names of all, in parity.npz as "{id}/arguments/{name}"
     arrays        the names of the expected arrays, in the order of computation; in parity.npz as "{id}/{name}"
     tolerance     of a difference, relative to the array's rms, by the bytes of the port's floating-point numbers
 """

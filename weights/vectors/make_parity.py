@@ -365,7 +365,7 @@ def describe(name):
             "config": config | {"torch_dtype": "float32"}, "weights": WEIGHTS.get(name, {}),
             "prompts": prompts}  # fmt: skip
     if name in CHUNKS:
-        case["chunks"] = CHUNKS[name]
+        case["arguments"] = [CHUNKS[name]]
     if name.startswith("ties"):
         case["origin"] += ", its topk replaced by a stable one"
     return case | {"tolerance": TOLERANCE}
