@@ -1494,7 +1494,8 @@ def difference(name, ours, theirs):
     rms = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) if a.size else 0.0
     with np.errstate(invalid="ignore"):  # inf - inf: departs
         error = float(np.max(np.abs(a - b.astype(np.float64)), initial=0.0))
-    return error / rms if rms else error and math.inf, f"by up to {error:.3g}, where its rms is {rms:.3g}"
+    size = error / rms if rms else math.inf if error else 0.0
+    return size, f"by up to {error:.3g}, where its rms is {rms:.3g}"
 
 
 def known_mistakes(name, ours, prompts, w, cfg):
@@ -1508,12 +1509,8 @@ def known_mistakes(name, ours, prompts, w, cfg):
     def run(w=w, **keys):
         return trace(prompts, w, replace(cfg, **keys))
 
-    def changed(part, change, w=w):
-        keys = [key for key in w if key.removesuffix(".weight").removesuffix(".bias").endswith(part)]
-        return ChainMap({key: change(stack([w[key]])[0]) for key in keys}, w)
-
     def swapped(part, heads, n):  # the first n rows of each head go behind the others
-        return changed(part, lambda x: xp.roll(x.reshape(heads, len(x) // heads, -1), -n, axis=1).reshape(x.shape))
+        return _changed(w, part, lambda x: xp.roll(x.reshape(heads, len(x) // heads, -1), -n, axis=1).reshape(x.shape))
 
     H, R, C = cfg.num_attention_heads, cfg.qk_rope_head_dim, cfg.kv_lora_rank
     if name.endswith("_rope"):
@@ -1532,10 +1529,10 @@ def known_mistakes(name, ours, prompts, w, cfg):
     yield "kv_a_proj_with_mqa were [k_R ; c_KV]", run(swapped("kv_a_proj_with_mqa", 1, R))
     yield "the heads of kv_b_proj were [v ; k]", run(swapped("kv_b_proj", H, cfg.v_head_dim))
     shrink = math.sqrt(LATENT_EPS / cfg.rms_norm_eps)  # a smaller latent is a larger eps
-    down = changed("q_a_proj", lambda x: x * shrink)
-    down = changed("kv_a_proj_with_mqa", lambda x: xp.concatenate([x[:C] * shrink, x[C:]]), down)
+    down = _changed(w, "q_a_proj", lambda x: x * shrink)
+    down = _changed(down, "kv_a_proj_with_mqa", lambda x: xp.concatenate([x[:C] * shrink, x[C:]]))
     yield "the norms on the latents took rms_norm_eps", run(down)
-    yield "the biases did not enter the choice", run(changed("e_score_correction_bias", lambda x: x * 0))
+    yield "the biases did not enter the choice", run(_changed(w, "e_score_correction_bias", lambda x: x * 0))
     yield "there were no groups", run(n_group=1, topk_group=1)
     yield "norm_topk_prob were the opposite", run(norm_topk_prob=not cfg.norm_topk_prob)
     yield "routed_scaling_factor were 1", run(routed_scaling_factor=1.0)
@@ -1547,8 +1544,15 @@ def known_mistakes(name, ours, prompts, w, cfg):
         yield "the biases entered the gates", ours | {name: biased * cfg.routed_scaling_factor}
     if last and depth >= 0:
         norm = f"model.layers.{int(last[1]) - 1}.shared_head.norm" if depth else "model.norm"
-        yield "eh_proj took [state ; embedding]", run(changed("eh_proj", lambda x: xp.roll(x, cfg.hidden_size, axis=1)))
-        yield f"the MTP module took the state before {norm}", run(changed(norm, lambda x: x * 0 + 1))
+        halves = _changed(w, "eh_proj", lambda x: xp.roll(x, cfg.hidden_size, axis=1))
+        yield "eh_proj took [state ; embedding]", run(halves)
+        yield f"the MTP module took the state before {norm}", run(_changed(w, norm, lambda x: x * 0 + 1))
+
+
+def _changed(w, part, change):
+    """The weights with those of some modules changed, by the end of their names."""
+    keys = [key for key in w if key.removesuffix(".weight").removesuffix(".bias").endswith(part)]
+    return ChainMap({key: change(stack([w[key]])[0]) for key in keys}, w)
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------------------------
@@ -1764,7 +1768,8 @@ def parse_arguments(argv):
     add("--no-mtp", action="store_true", help="decode without speculation")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
-    add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs (exit code 1)")
+    add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs, and the mistake if "
+        "it is a known one (exit code 1)")  # fmt: skip
     add("--inspect", action="store_true", help="count parameters and cache, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
     _require(args.memory is None or args.memory >= 0, f"--memory must be 0 or more, not {args.memory}")

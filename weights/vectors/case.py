@@ -32,7 +32,8 @@ STORED = {"float32": "F32", "float16": "F16"}
 def formula(name, shape):
     """The tensor called name: u in [-1, 1), a 32-bit hash of name and index, times what the tensor's purpose asks for.
 
-    All is integer arithmetic modulo 2^32 until u, and double precision from there."""
+    The hash: MurmurHash3's final mix of CRC-32(name) + 2654435769 index, modulo 2^32. From u on, double precision.
+    """
     h = (zlib.crc32(name.encode()) + np.arange(math.prod(shape), dtype=np.uint64) * 2654435769) & 0xFFFFFFFF
     h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -56,7 +57,6 @@ def weight(case, name, shape):
 
 def write(case, directory):
     """A directory in the Hugging Face layout. deepseek_v3.py is asked for the names and shapes of the tensors only."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from deepseek_v3 import parse_config, tensor_shapes
 
     directory = Path(directory)
@@ -76,17 +76,22 @@ def write(case, directory):
 
 def main(arguments):
     cases = json.loads(INDEX.read_text("utf-8"))
-    if len(arguments) != 2:
+    if not arguments:
         print(*(f"{name:18} {case['equation']:24} {case['why']}" for name, case in cases.items()), sep="\n")
-        return 0 if not arguments else "usage: python case.py ID DIRECTORY"
+        return None
+    if len(arguments) != 2 or "config" not in cases.get(arguments[0], {}):
+        return "usage: case.py ID DIRECTORY, with the id of a case that has a checkpoint; without arguments, a list"
     name, directory = arguments
-    if name not in cases or "config" not in cases[name]:
-        return f"{name!r} is no case with a checkpoint; without arguments, a list"
-    write(cases[name], directory)
+    try:
+        write(cases[name], directory)
+    except OSError as e:
+        return f"{directory}: cannot be written: {e.strerror}"
     tokens = " ".join(f'--tokens "{" ".join(map(str, prompt))}"' for prompt in cases[name]["prompts"])
-    print(f"python deepseek_v3.py --weights {directory} {tokens} --dtype float64 -n 0 --compare yours.npz")
-    return 0
+    dtype = "float16" if cases[name]["config"]["torch_dtype"] == "float16" else "float64"
+    print(f"python deepseek_v3.py --weights {directory} {tokens} --dtype {dtype} -n 0 --compare yours.npz")
+    return None
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where deepseek_v3.py is
     sys.exit(main(sys.argv[1:]))
