@@ -46,7 +46,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -1471,34 +1471,102 @@ def trace(prompts, w, cfg):
 TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 5e-2}  # of a difference, relative to the array's rms, by the bytes of the dtype
 
 
-def compare(ours, theirs):
+def compare(ours, theirs, tolerance=TOLERANCE, mistakes=lambda name: ()):
     """Compare two traces in the order of computation. -> (whether they agree, one line that says so or names the first
-    array that departs). Chosen experts are compared as sets, their gates in the order of the experts."""
+    array that departs). Chosen experts are compared as sets, their gates in the order of the experts.
+
+    mistakes: name -> pairs (what, a trace made with that mistake), such as `known_mistakes`. Those that give the array
+    that departs are named with it.
+    """
     worst, common = 0.0, [name for name in ours if name in theirs]
     _require(common, f"no array of the file has a name of the trace, such as {next(iter(ours))}")
     for name in common:
-        a, b = ours[name], np.asarray(theirs[name])
-        if b.dtype == "V2":  # how NumPy stores a bfloat16 that it does not know
-            b = (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        _require(b.dtype.kind in "biuf", f"{name} in the file holds no real numbers but {b.dtype}")
-        if a.shape != b.shape:
-            return False, f"departs at {name}: shape {list(b.shape)} instead of {list(a.shape)}"
-        if name.endswith(".gate.indices"):
-            a, b = np.sort(a), np.sort(b)
-            if (a != b).any():
-                return False, f"departs at {name}: {int((a != b).any(-1).sum())} of {len(a)} tokens chose other experts"
-            continue
-        if name.endswith(".gate.weights") and (index := name.replace("weights", "indices")) in theirs:
-            a = np.take_along_axis(a, np.argsort(ours[index]), -1)
-            b = np.take_along_axis(b, np.argsort(theirs[index]), -1)
-        rms = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) if a.size else 0.0
-        with np.errstate(invalid="ignore"):  # inf - inf: departs
-            error = float(np.max(np.abs(a - b.astype(np.float64)), initial=0.0))
-        tolerance = TOLERANCE.get(min(a.itemsize, np.asarray(theirs[name]).itemsize), TOLERANCE[2])
-        if not error <= tolerance * rms:
-            return False, f"departs at {name}: by up to {error:.3g}, where its rms is {rms:.3g}"
-        worst = max(worst, error / rms if rms else 0.0)
+        size, text = difference(name, ours, theirs)
+        limit = tolerance.get(min(ours[name].itemsize, np.asarray(theirs[name]).itemsize), tolerance[min(tolerance)])
+        if not size <= limit:
+            found = [what for what, wrong in mistakes(name) if difference(name, wrong, theirs)[0] <= min(1, size) / 100]
+            return False, f"departs at {name}: {text}" + (f"; as if {' or '.join(found)}" if found else "")
+        worst = max(worst, size)
     return True, f"agree: {len(common)} of {len(ours)} arrays, the largest difference {worst:.1e} of an array's rms"
+
+
+def difference(name, ours, theirs):
+    """How far their array of this name is from ours -> (the largest difference by our rms, in words). Other shapes and
+    other experts are infinitely far."""
+    a, b = ours[name], np.asarray(theirs[name])
+    if b.dtype == "V2":  # how NumPy stores a bfloat16 that it does not know
+        b = (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    _require(b.dtype.kind in "biuf", f"{name} in the file holds no real numbers but {b.dtype}")
+    if a.shape != b.shape:
+        return math.inf, f"shape {list(b.shape)} instead of {list(a.shape)}"
+    if name.endswith(".gate.indices"):
+        others = int((np.sort(a) != np.sort(b)).any(-1).sum())
+        return math.inf if others else 0.0, f"{others} of {len(a)} tokens chose other experts"
+    if name.endswith(".gate.weights") and (index := name.replace("weights", "indices")) in theirs:
+        a = np.take_along_axis(a, np.argsort(ours[index]), -1)
+        b = np.take_along_axis(b, np.argsort(theirs[index]), -1)
+    rms = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) if a.size else 0.0
+    with np.errstate(invalid="ignore"):  # inf - inf: departs
+        error = float(np.max(np.abs(a - b.astype(np.float64)), initial=0.0))
+    size = error / rms if rms else math.inf if error else 0.0
+    return size, f"by up to {error:.3g}, where its rms is {rms:.3g}"
+
+
+def known_mistakes(name, ours, prompts, w, cfg):
+    """What ports have got wrong before -> pairs (what, the trace that this makes of the prompts). Most are this file
+    with other weights or another configuration, up to the layer of the array `name`."""
+    yarn, last = cfg.rope_scaling, re.search(r"layers\.(\d+)", name)
+    depth = int(last[1]) - cfg.num_hidden_layers if last else 0
+    if depth < 0:
+        cfg = replace(cfg, num_hidden_layers=int(last[1]) + 1, num_nextn_predict_layers=0)
+
+    def run(w=w, **keys):
+        return trace(prompts, w, replace(cfg, **keys))
+
+    def swapped(part, heads, n):  # the first n rows of each head go behind the others
+        return _changed(w, part, lambda x: xp.roll(x.reshape(heads, len(x) // heads, -1), -n, axis=1).reshape(x.shape))
+
+    H, R, C = cfg.num_attention_heads, cfg.qk_rope_head_dim, cfg.kv_lora_rank
+    if name.endswith("_rope"):
+        permuted = np.concatenate([ours[name][..., 0::2], ours[name][..., 1::2]], axis=-1)
+        yield "stored by halves (as in HF, no mistake: write the pairs as neighbours)", {name: permuted}
+    yield "RoPE paired other elements", run(rope_interleave=not cfg.rope_interleave)
+    if yarn:
+        yield "YaRN were off", run(rope_scaling=None)
+        for what, keys in {
+            "YaRN's range were rounded otherwise": {"truncate": not yarn.truncate},
+            "cos and sin lacked YaRN's factor": {"attention_factor": 1.0},
+            "the softmax scale lacked mscale^2": {"mscale_all_dim": None, "attention_factor": rope_magnitude(cfg)},
+        }.items():
+            yield what, run(rope_scaling=replace(yarn, **keys))
+    yield "the heads of q were [rope ; nope]", run(swapped("q_b_proj" if cfg.q_lora_rank else "q_proj", H, R))
+    yield "kv_a_proj_with_mqa were [k_R ; c_KV]", run(swapped("kv_a_proj_with_mqa", 1, R))
+    yield "the heads of kv_b_proj were [v ; k]", run(swapped("kv_b_proj", H, cfg.v_head_dim))
+    shrink = math.sqrt(LATENT_EPS / cfg.rms_norm_eps)  # a smaller latent is a larger eps
+    down = _changed(w, "q_a_proj", lambda x: x * shrink)
+    down = _changed(down, "kv_a_proj_with_mqa", lambda x: xp.concatenate([x[:C] * shrink, x[C:]]))
+    yield "the norms on the latents took rms_norm_eps", run(down)
+    yield "the biases did not enter the choice", run(_changed(w, "e_score_correction_bias", lambda x: x * 0))
+    yield "there were no groups", run(n_group=1, topk_group=1)
+    yield "norm_topk_prob were the opposite", run(norm_topk_prob=not cfg.norm_topk_prob)
+    yield "routed_scaling_factor were 1", run(routed_scaling_factor=1.0)
+    if name.endswith(".gate.weights") and cfg.topk_method == "noaux_tc":
+        gate = name.removesuffix("weights")
+        biased = ours[f"{gate}scores"] + to_host(w[f"{gate.rpartition('/')[2]}e_score_correction_bias"])
+        biased = np.take_along_axis(biased, ours[f"{gate}indices"], axis=-1)
+        biased = biased / (biased.sum(axis=-1, keepdims=True) if cfg.norm_topk_prob else 1)
+        yield "the biases entered the gates", ours | {name: biased * cfg.routed_scaling_factor}
+    if last and depth >= 0:
+        norm = f"model.layers.{int(last[1]) - 1}.shared_head.norm" if depth else "model.norm"
+        halves = _changed(w, "eh_proj", lambda x: xp.roll(x, cfg.hidden_size, axis=1))
+        yield "eh_proj took [state ; embedding]", run(halves)
+        yield f"the MTP module took the state before {norm}", run(_changed(w, norm, lambda x: x * 0 + 1))
+
+
+def _changed(w, part, change):
+    """The weights with those of some modules changed, by the end of their names."""
+    keys = [key for key in w if key.removesuffix(".weight").removesuffix(".bias").endswith(part)]
+    return ChainMap({key: change(stack([w[key]])[0]) for key in keys}, w)
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------------------------
@@ -1714,7 +1782,8 @@ def parse_arguments(argv):
     add("--no-mtp", action="store_true", help="decode without speculation")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
-    add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs (exit code 1)")
+    add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs, and the mistake if "
+        "it is a known one (exit code 1)")  # fmt: skip
     add("--inspect", action="store_true", help="count parameters and cache, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
     _require(args.memory is None or args.memory >= 0, f"--memory must be 0 or more, not {args.memory}")
@@ -1830,7 +1899,7 @@ def run(args):
         if args.trace is not None:
             write_npz(args.trace, ours)
         if theirs is not None:
-            agree, verdict = compare(ours, theirs)
+            agree, verdict = compare(ours, theirs, mistakes=lambda name: known_mistakes(name, ours, prompts, w, cfg))
             say(f"{args.compare}: {verdict}")
     session.make(prompts)
     return 0 if agree else 1
