@@ -395,17 +395,15 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     q_BJZX = (q_BTHX * scale).reshape(B, T, J, H // J, X).transpose(0, 2, 1, 3, 4).reshape(B, J, Z, X)
     k_BJSX, v_BJSY = k_BSJX.transpose(0, 2, 1, 3), v_BSJY.transpose(0, 2, 1, 3)
     token_Z = xp.arange(Z) // (H // J)
-    mask_BTS = xp.where(visible_BTS, 0, -xp.inf).astype(q_BTHX.dtype)
-
-    def some(j, z):
-        score = product(q_BJZX[:, j, z], k_BJSX[:, j])
-        return softmax(score + mask_BTS[:, None, token_Z[z]]) @ v_BJSY[:, j]
-
     limit = SCORES if xp is np else 256 * SCORES
     heads = max(1, limit // (B * Z * S))
-    rows = Z if heads > 1 else max(1, limit // (B * S))
-    parts = [[some(j, z) for z in slices(Z, rows)] for j in slices(J, heads)]
-    out_BJZY = join([join(of_heads, axis=2) for of_heads in parts], axis=1)
+    queries = Z if heads > 1 else max(1, limit // (B * S))
+
+    def some(z):
+        mask = xp.where(visible_BTS[:, None, token_Z[z]], 0, -xp.inf).astype(q_BTHX.dtype)
+        return join([softmax(product(q_BJZX[:, j, z], k_BJSX[:, j]) + mask) @ v_BJSY[:, j] for j in slices(J, heads)], 1)
+
+    out_BJZY = join([some(z) for z in slices(Z, queries)], axis=2)
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
 
 
