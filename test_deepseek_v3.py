@@ -2086,8 +2086,8 @@ def test_help_names_every_flag(capsys):
     out = capsys.readouterr().out
     assert end.value.code == 0
     for flag in ("--prompt", "--tokens", "--weights", "--max-tokens", "--max-new-tokens", "--temperature", "--temp",
-                 "--top-p", "--top-k", "--seed", "--device", "--dtype", "--mtp", "--no-mtp", "--chat", "--trace", "--compare",
-                 "--inspect"):  # fmt: skip
+                 "--top-p", "--top-k", "--seed", "--device", "--dtype", "--mtp", "--no-mtp", "--chat", "--trace",
+                 "--compare", "--inspect"):  # fmt: skip
         assert flag in out
 
 
