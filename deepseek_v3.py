@@ -209,14 +209,14 @@ def linear(x, w, name):
 def product(x, w):
     """x W^T: x (..., M, X), w (..., Y, X) -> (..., M, Y). NumPy is given what its BLAS does best.
 
-    Few rows of a matrix too small for BLAS to use two cores: dot products row by row, which stream W from memory twice
-    as fast. Of a larger one: row after row of x over a piece of W that the cache keeps for the next, so that two cost
-    little more than one. Some more: (W x^T)^T.
+    Few rows, and W too small for BLAS to use two cores, yet too large for its cache: dot products row by row, which
+    stream W from memory twice as fast. W larger: row after row of x over a piece of W that the cache keeps for the
+    next, so that two cost little more than one. Some more rows: (W x^T)^T.
     """
     M, (Y, X) = x.shape[-2], w.shape[-2:]
-    if xp is np and M <= 4 and X >= 128 and Y * X <= ONE_CORE:
+    if xp is np and M <= 4 and X >= 128 and 2**17 < Y * X <= ONE_CORE:
         return xp.vecdot(w[..., None, :, :], x[..., None, :])
-    if xp is not np or M == 1 or M > 192 or (M == 2 and Y * X <= 2**18):
+    if xp is not np or M == 1 or M > 192 or Y * X <= 2**17:
         return x @ w.swapaxes(-1, -2)
     if M > 4:
         return (w @ x.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -469,7 +469,7 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
 def _per_head(x_BTHX, w_HXY):
     """Multiply each head by a matrix of its own -> (B, T, H, Y)."""
     B, T, H, X = x_BTHX.shape
-    if xp is np and B * T == 1:
+    if xp is np and B * T == 1 and w_HXY.size > 2**16:
         return xp.einsum("BTHX,HXY->BTHY", x_BTHX, w_HXY)
     y_HMY = x_BTHX.reshape(B * T, H, X).transpose(1, 0, 2) @ w_HXY
     return y_HMY.transpose(1, 0, 2).reshape(B, T, H, -1)
@@ -1307,6 +1307,8 @@ def distribution(logits_W, sampling):
 
 def draw(p_W, rng):
     """An index with probability p_W[index]: the only place where chance enters."""
+    if p_W[likeliest := int(np.argmax(p_W))] == 1:
+        return likeliest
     cumulated = np.cumsum(p_W)
     chosen = int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
     return chosen if chosen < len(p_W) else int(np.flatnonzero(p_W)[-1])  # rounded up to the very end
@@ -1450,7 +1452,7 @@ def in_chunks(step, token_BT, progress=lambda done, tokens: None):
 def logits_from(first, count, h_BTD, w, cfg):
     """The logits of `count` states of each row b, from h[b, first[b]] on, on the host: (B, count, W)."""
     B, T, _ = h_BTD.shape
-    index = np.clip(np.array(first)[:, None] + np.arange(count), 0, T - 1)  # rows that are done may point anywhere
+    index = (np.array(first)[:, None] + np.arange(count)) % T  # rows that are done may point anywhere
     return to_host(head(h_BTD[xp.arange(B)[:, None], to_device(index)], w, cfg))
 
 

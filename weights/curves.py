@@ -4,7 +4,7 @@
     python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
 
 The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
-500 steps of the shorter one.
+1,000 steps of the shorter one.
 """
 
 import json
@@ -18,7 +18,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same logs, the same bytes
 from matplotlib import pyplot as plt  # noqa: E402
 
-LAST, WIDTH = 500, 50  # steps over which loads are added up; over which a curve is smoothed
+LAST, WIDTH = 1000, 50  # steps over which loads are added up; over which a curve is smoothed
 
 
 def violation(load_SLE):
