@@ -324,10 +324,8 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
-SCORES = (
-    2**18
-)  # that attention holds at a time (on a GPU 256 times as many): they stay in the cache of a core, and memory
-# grows with the context, not with its square
+SCORES = 2**18  # that attention holds at a time: they stay in the cache of a core (a GPU may hold 256 times as many),
+FEW = 64  # or as many as these queries have, since all keys are read for each lot: memory grows with the context alone
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
@@ -397,7 +395,7 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     token_Z = xp.arange(Z) // (H // J)
     limit = SCORES if xp is np else 256 * SCORES
     heads = max(1, limit // (B * Z * S))
-    queries = Z if heads > 1 else max(1, limit // (B * S))
+    queries = Z if heads > 1 else max(FEW, limit // (B * S))
 
     def some(z):
         mask = xp.where(visible_BTS[:, None, token_Z[z]], 0, -xp.inf).astype(q_BTHX.dtype)
