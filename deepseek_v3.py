@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.0", "tokenizers>=0.21", "jinja2>=3.1"]
+# ///
 """DeepSeek-V3, the whole model in one file: a specification that runs.
 
 Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
@@ -401,7 +405,8 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
 
     def some(z):
         mask = xp.where(visible_BTS[:, None, token_Z[z]], 0, -xp.inf).astype(q_BTHX.dtype)
-        return join([softmax(product(q_BJZX[:, j, z], k_BJSX[:, j]) + mask) @ v_BJSY[:, j] for j in slices(J, heads)], 1)
+        return join([softmax(product(q_BJZX[:, j, z], k_BJSX[:, j]) + mask) @ v_BJSY[:, j]
+                     for j in slices(J, heads)], axis=1)  # fmt: skip
 
     out_BJZY = join([some(z) for z in slices(Z, queries)], axis=2)
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
@@ -1571,6 +1576,11 @@ def _changed(w, part, change):
 # python deepseek_v3.py --prompt "Once upon a time". Text goes to stdout, everything else to stderr.
 
 
+OPENING = "Once upon a time"  # of the story that is told without a prompt
+WHAT_ELSE = """what else: --prompt "Tom had a kite" goes on from there, --temperature 0.7 --seed 1 tells it differently,
+--weights DIR runs another checkpoint, --inspect counts parameters and cache, --help lists all flags"""
+
+
 def choose_device(wanted):
     """(namespace, reason) for auto, cpu or gpu: auto takes the GPU if it works, gpu raises InputError otherwise."""
 
@@ -1887,7 +1897,7 @@ def run(args):
     if args.chat:
         session.converse(args.prompt)
         return 0
-    texts = args.prompt or ["Once upon a time"]
+    texts = args.prompt or [OPENING]
     prompts = [read_ids(ids) for ids in args.tokens] or [text.encode(read_prompt(t)) for t in texts]
     check_prompts(prompts, cfg, args.max_tokens)
     agree = True
@@ -1899,7 +1909,12 @@ def run(args):
         if theirs is not None:
             agree, verdict = compare(ours, theirs, mistakes=lambda name: known_mistakes(name, ours, prompts, w, cfg))
             say(f"{args.compare}: {verdict}")
+    asked = args.prompt or args.tokens
+    if not asked:
+        print(OPENING, end="", flush=True)
     session.make(prompts)
+    if not asked:
+        say(WHAT_ELSE)
     return 0 if agree else 1
 
 

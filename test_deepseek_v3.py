@@ -1035,7 +1035,7 @@ def write_checkpoint(directory, cfg, w, config=None, shards=1, dtype=None):
     return directory
 
 
-def quantized(w, ends="_proj.weight"):
+def quantised(w, ends="_proj.weight"):
     """The FP8 release's form of some weights: every projection but eh_proj in E4M3 with scales of 128x128 blocks."""
     out = {}
     for name, x in w.items():
@@ -1094,7 +1094,7 @@ def test_a_checkpoint_reads_back_as_written(tmp_path, stored, shards):
 
 def test_the_fp8_release_layout_with_ragged_blocks_and_scales_in_other_shards(tmp_path):
     cfg = replace(SMALL, hidden_size=160, kv_lora_rank=140, moe_intermediate_size=130)
-    stored = quantized(make_weights(cfg))
+    stored = quantised(make_weights(cfg))
     for k in (3, 4):  # the release stores the shared embedding and head again with each MTP module
         stored[f"model.layers.{k}.embed_tokens.weight"] = stored["model.embed_tokens.weight"]
         stored[f"model.layers.{k}.shared_head.head.weight"] = stored["lm_head.weight"]
@@ -1127,7 +1127,7 @@ def test_the_memory_given_changes_no_bit(tmp_path, monkeypatch):
     """FP8 (here the embedding too) and BF16, in several bands, ahead in threads; from no memory at all to enough."""
     monkeypatch.setattr(dsv3, "BAND", 2**8)
     cfg = replace(SMALL, vocab_size=300, intermediate_size=150, num_nextn_predict_layers=1)
-    fp8 = quantized(make_weights(cfg), ("_proj.weight", "embed_tokens.weight"))
+    fp8 = quantised(make_weights(cfg), ("_proj.weight", "embed_tokens.weight"))
     directory = write_checkpoint(tmp_path / "w", cfg, fp8, shards=2)
     prompts, seen = [make_tokens(cfg, 0, 9).tolist(), [1]], []
     for memory in (None, 200_000, 80_000, 0):
@@ -1280,7 +1280,7 @@ def test_an_fp8_norm_is_refused(tmp_path):
 
 
 def test_an_fp8_weight_without_its_scales_is_refused(tmp_path):
-    stored = quantized(make_weights(SMALL))
+    stored = quantised(make_weights(SMALL))
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     for broken, said in (({}, "missing"), ({name: np.ones((2, 1), np.float32)}, "shape"),
                          ({name: np.ones((1, 1), np.float64)}, "F32 or BF16")):  # fmt: skip
@@ -1791,7 +1791,7 @@ def gpu(request, monkeypatch):
 def test_under_cupys_rules_the_bits_are_numpys(tmp_path, monkeypatch, dtype, memory):
     """Checkpoint (FP8 and BF16, all in memory or nothing), trace, generation with speculation and sampling, and the
     objective."""
-    directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantized(make_weights(GUESSABLE)))
+    directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantised(make_weights(GUESSABLE)))
     prompts, tokens = [[1, 2, 3, 0, 1], [3]], make_tokens(GUESSABLE, 0, 2, 7)
     monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.swapaxes(-1, -2))  # NumPy has forms of its own
     if memory == 0:  # nothing is kept on either side, so experts are not gathered on either
@@ -1856,7 +1856,7 @@ def test_a_gpu_in_half_precision(gpu):
 
 
 def test_a_gpu_that_is_too_small_streams_what_does_not_fit(gpu, tmp_path):
-    directory = write_checkpoint(tmp_path / "w", SMALL, quantized(make_weights(SMALL)))
+    directory = write_checkpoint(tmp_path / "w", SMALL, quantised(make_weights(SMALL)))
     prompt = make_tokens(SMALL, 0, 9).tolist()
     expected = None
     for memory in (None, 40_000, 0):
@@ -1899,7 +1899,7 @@ def test_no_result_hangs_on_the_last_bits(monkeypatch):
     assert 0 < np.abs(logits - theirs["lm_head"]).max() < 1e-4
 
 
-def test_a_gpus_speed_beside_its_memorys(gpu):
+def test_a_gpus_speed_beside_that_of_its_memory(gpu):
     """Prints the bytes of weights that decoding reads a second, beside what adding 1 to a large array reads and writes.
 
     Four layers about as wide as Moonlight's; on the stand-in the small model, so that these lines run in every test.
@@ -2656,7 +2656,7 @@ def test_prompts_from_stdin_and_in_batches():
     code, both, _ = cli("-p", "Once upon a time", "-p", "Tom and Lily went", "-n", 12)
     assert code == 0 and both.startswith(alone) and len(both) > len(alone) + 12
     code, default, _ = cli("-n", 12, "--no-mtp")
-    assert (code, default) == (0, alone)
+    assert (code, default) == (0, "Once upon a time" + alone)
     code, out, err = cli("-p", "-", input=b"\xff\xfe")
     assert (code, out) == (2, "") and "UTF-8" in err and err.count("\n") == 1
     code, out, err = cli("-p", b"\xff".decode("utf-8", "surrogateescape"))
