@@ -9,6 +9,7 @@ Properties run in float64 to TIGHT, relative to the largest value; where float32
 stated with the test. Parity is with Hugging Face transformers, whose activations are shipped as data.
 """
 
+import doctest
 import functools
 import importlib
 import inspect
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import tracemalloc
 import types
 import zlib
@@ -496,7 +498,7 @@ def test_naive_attention_equals_the_equations_head_by_head(cfg, seed):
 
 
 @given(configs(), seeds)
-def test_absorbed_attention_is_multi_query_attention_over_the_cache_rows(cfg, seed):
+def test_absorbed_attention_is_multi_query_attention_over_the_entries_of_the_cache(cfg, seed):
     q_nope, q_rope, kv, w, name, _, visible = inputs = attention_inputs(cfg, seed, 3, 2)
     w_uk, w_uv = dsv3.kv_up(w, name, cfg)
     q = np.concatenate([np.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], -1)
@@ -2571,6 +2573,21 @@ def test_the_readme_shows_what_its_commands_print(tmp_path):
         assert words[:2] == ["python", "deepseek_v3.py"]
         code, out, err = cli(*words[2:])
         assert (code, out) == (0, output), err
+
+
+def test_the_examples_in_docstrings_are_true():
+    failed, attempted = doctest.testmod(dsv3)
+    assert failed == 0 and attempted >= 9
+
+
+def test_the_script_metadata_is_what_requirements_say():
+    """What `uv run deepseek_v3.py` installs: the requirements above those of the tests."""
+    source, required = (HERE / "deepseek_v3.py").read_text("utf-8"), (HERE / "requirements.txt").read_text("utf-8")
+    metadata = re.match(r"# /// script\n(.*?)# ///\n", source, re.S)[1]
+    needed = re.findall(r"^[\w>=.]+", required.partition("# Tests.")[0], re.M)
+    assert tomllib.loads(re.sub("^# ", "", metadata, flags=re.M)) == {
+        "requires-python": ">=3.11", "dependencies": needed
+    }  # fmt: skip
 
 
 def test_the_readme_names_what_exists():
