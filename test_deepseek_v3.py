@@ -1299,6 +1299,9 @@ def test_the_tensors_of_the_671b_model_are_counted_as_published():
     shapes = dsv3.tensor_shapes(dsv3.Config())
     scaled = sum(name.endswith(("_proj.weight", "with_mqa.weight")) for name in shapes) - 1  # not eh_proj
     assert len(shapes) + 2 + scaled == 91_991  # the MTP module's copies of embedding and head
+    embedding, eh_proj, readme = 129_280 * 7168, 2 * 7168**2, (HERE / "README.md").read_text("utf-8")
+    for size in (37_552_297_472 - embedding, 11_610_068_224 + 2 * embedding, 11_610_068_224 - eh_proj):
+        assert f"{size:,}" in readme
 
 
 def true_width(directory, cfg):
