@@ -2025,7 +2025,7 @@ def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
     assert dsv3.main([*flags, "--compare", str(trace)]) == 1
     np.savez(trace, **arrays | {"model.norm": arrays["model.norm"] * np.nan})
     assert dsv3.main([*flags, "--compare", str(trace)]) == 1
-    np.savez(trace, **{"lm_head": arrays["lm_head"].astype(ml_dtypes.bfloat16)})
+    np.savez(trace, lm_head=arrays["lm_head"].astype(ml_dtypes.bfloat16))
     assert dsv3.main([*flags, "--compare", str(trace)]) == 0
     for strange in ({"other": 1}, {"lm_head": np.array(["text"])}, {"lm_head": arrays["lm_head"] * 1j}):
         np.savez(trace, **strange)
@@ -3031,7 +3031,7 @@ def test_speed_beside_hugging_face_transformers(tmp_path):
             dsv3.head(h[:, -1:], w, MID)
 
         theirs = torch.from_numpy(tokens)
-        pair = in_turn(prefill, lambda: model(theirs, use_cache=True, logits_to_keep=1), n=n)  # noqa: B023
+        pair = in_turn(prefill, lambda: model(theirs, use_cache=True, logits_to_keep=1), n=n)
         row(f"prefill {T}", pair, T)
     cfg = dsv3.read_config(WEIGHTS)
     w, model = dsv3.Checkpoint(WEIGHTS, cfg), load(WEIGHTS)
