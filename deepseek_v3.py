@@ -24,7 +24,8 @@ checkpoint, configuration keys those of its config.json. The symbols in the marg
 Hugging Face transformers 5.23.0, "official" the code in deepseek-ai/DeepSeek-V3, inference/ (commit 9b4e978).
 
 Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test runs the program and
-checks them as functions return. x is what a layer reads (the paper's h_t, u_t), h a state after all layers (h^0, h^k).
+checks them as functions return. x is the residual stream, or what a layer reads of it (the paper's h_t, u_t); h is a
+state after all layers (h^0, h^k).
 
     of the model (Config)                                         of the call
     D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch, its rows
@@ -530,9 +531,9 @@ def mla(x_BTD, w, layer, cfg, at, cache):
 def route(x_BTD, w, name, cfg):
     """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
-    Eq. (15) affinities; eq. (16), in place of (14), selection by affinity plus bias, among the experts of the
-    topk_group groups whose two best biased affinities sum highest; eq. (13) gates from the affinities alone, divided by
-    their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
+    Eq. (15): affinities. Eq. (16), in place of (14): the choice, by affinity plus bias, among the experts of the
+    topk_group groups whose two best biased affinities sum highest. Eq. (13): gates from the affinities alone, divided
+    by their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
     -inf; 0, as in older code, lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
 
     DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) has softmax affinities, no bias, and groups ranked by their best one.
@@ -1793,6 +1794,7 @@ def check_writable(path):
 
 
 def read_npz(path):
+    """The arrays of an .npz file, by name; InputError if it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -1803,11 +1805,14 @@ def read_npz(path):
 
 
 class Parser(argparse.ArgumentParser):
+    """Refuses in one line, as everything else does."""
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
 
 def parse_arguments(argv):
+    """The flags, with what argparse does not check: ranges, and which exclude each other."""
     parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy; without arguments, a story.")
     add = parser.add_argument
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - is stdin; repeatable")
@@ -1847,6 +1852,7 @@ def read_prompt(text):
 
 
 def read_ids(text):
+    """A --tokens: integers, separated by spaces or commas."""
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
@@ -1854,6 +1860,7 @@ def read_ids(text):
 
 
 def say(text, end="\n"):
+    """Print to stderr, at once."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
