@@ -2675,8 +2675,8 @@ def test_prompts_from_stdin_and_in_batches():
     assert code == 0 and STATISTICS.fullmatch(err)
     code, both, _ = cli("-p", "Once upon a time", "-p", "Tom and Lily went", "-n", 12)
     assert code == 0 and both.startswith(alone) and len(both) > len(alone) + 12
-    code, default, _ = cli("-n", 12, "--no-mtp")
-    assert (code, default) == (0, "Once upon a time" + alone)
+    code, default, err = cli("-n", 12, "--no-mtp")
+    assert (code, default) == (0, "Once upon a time" + alone) and "--help" in err
     code, out, err = cli("-p", "-", input=b"\xff\xfe")
     assert (code, out) == (2, "") and "UTF-8" in err and err.count("\n") == 1
     code, out, err = cli("-p", b"\xff".decode("utf-8", "surrogateescape"))
