@@ -422,8 +422,9 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
 
     def some(z):
         mask = xp.where(visible_BTS[:, None, token_Z[z]], 0, -xp.inf).astype(q_BTHX.dtype)
-        return join([softmax(product(q_BJZX[:, j, z], k_BJSX[:, j]) + mask) @ v_BJSY[:, j]
-                     for j in slices(J, heads)], axis=1)  # fmt: skip
+        return join(
+            [softmax(product(q_BJZX[:, j, z], k_BJSX[:, j]) + mask) @ v_BJSY[:, j] for j in slices(J, heads)], 1
+        )
 
     out_BJZY = join([some(z) for z in slices(Z, queries)], axis=2)
     return out_BJZY.reshape(B, J, T, H // J, Y).transpose(0, 2, 1, 3, 4).reshape(B, T, H, Y)
@@ -1458,6 +1459,13 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
                 row.feed = tokens[-1:]
 
 
+def speculation_pays(cfg):
+    """Whether a round of speculation costs less than the tokens that it makes: on a GPU; on NumPy while a model is so
+    small that calls cost more than arithmetic, since two rows of a product, and the MTP module, come nearly at their
+    full price in a larger one (`pytest -m benchmark -k round` measures it)."""
+    return xp is not np or activated(cfg) <= 2**24
+
+
 def draw_drafts(rows, new, h_BXD, w, cfg, cache, start_B, sampling):
     """Show the MTP module the pairs (h_i, t_i+1) that this round's new tokens complete; draw each live row's draft."""
     pairs = [(row.feed + tokens)[1:] for row, tokens in zip(rows, new, strict=True)]
@@ -1657,6 +1665,14 @@ def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def activated(cfg):
+    """How many parameters of the main model a token meets, embedding and head included."""
+    shapes = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
+    sparse = sum(not cfg.is_dense(layer) for layer in range(cfg.num_hidden_layers))
+    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok)
+    return sum(map(math.prod, shapes.values())) - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
+
+
 def inspect(cfg, checkpoint=None):
     """A table of parameters and of the cache, beside one that would keep MLA's own keys (N + R) and values (V) for all
     heads, for 8, for one. Of a checkpoint, only the MTP modules that it has."""
@@ -1665,14 +1681,11 @@ def inspect(cfg, checkpoint=None):
     main = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
     total = sum(map(math.prod, main.values()))
     module = sum(map(math.prod, tensor_shapes(cfg).values())) - total
-    sparse = sum(not cfg.is_dense(layer) for layer in range(cfg.num_hidden_layers))
-    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok)
-    activated = total - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
     latent, H = cfg.kv_lora_rank + cfg.qk_rope_head_dim, cfg.num_attention_heads
     pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim  # one head's key and value
     lines = [
         f"parameters of the main model  {total:>19,}",
-        f"  activated for a token       {activated:>19,}  embedding and head included",
+        f"  activated for a token       {activated(cfg):>19,}  embedding and head included",
         f"parameters of MTP modules     {module:>19,}  beside the shared embedding and head",
         f"cache elements a token        {latent * cfg.num_hidden_layers:>19,}  "
         f"{2 * latent * cfg.num_hidden_layers:,} bytes in BF16",
@@ -1828,7 +1841,7 @@ def parse_arguments(argv):
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): the GPU if there is one")
     add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
     add("--memory", type=float, metavar="GB", help="for decoded weights; default: 70%% of what is free")
-    add("--no-mtp", action="store_true", help="generate without speculation")
+    add("--mtp", action=argparse.BooleanOptionalAction, help="generate with speculation (default: where it is faster)")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
     add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs, and the mistake if "
@@ -1936,7 +1949,10 @@ def run(args):
     w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
     if w.unused:
         say(f"note: {len(w.unused)} tensors have no place in the model and stay unread: {w.unused[0]} ...")
-    session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, not args.no_mtp)
+    speculate = speculation_pays(cfg) if args.mtp is None else args.mtp
+    if args.mtp is None and not speculate and mtp_depth(w, cfg):
+        say("note: no speculation, which does not pay on NumPy in a model of this size; --mtp turns it on")
+    session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, speculate)
     if args.chat:
         session.converse(args.prompt)
         return 0

@@ -2074,14 +2074,25 @@ def test_inspect_takes_a_directory_or_a_bare_config(small, tmp_path, capsys):
     assert f"{4 * sum(x.size for x in make_weights(SMALL).values()):,}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("parameters, flags, drafts", [
+    (2**24, [], True), (2**24 + 1, [], False), (2**24, ["--no-mtp"], False), (2**24 + 1, ["--mtp"], True),
+])  # fmt: skip
+def test_speculation_is_the_default_where_it_pays(parameters, flags, drafts, monkeypatch, capsys):
+    monkeypatch.setattr(dsv3, "activated", lambda cfg: parameters)
+    assert dsv3.main(["-n", "12", *flags]) == 0
+    err = capsys.readouterr().err
+    assert ("drafted 0" not in err) == drafts
+    assert ("--mtp turns it on" in err) == (not drafts and not flags)
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as end:
         dsv3.main(["--help"])
     out = capsys.readouterr().out
     assert end.value.code == 0
     for flag in ("--prompt", "--tokens", "--weights", "--max-tokens", "--max-new-tokens", "--temperature", "--temp",
-                 "--top-p", "--top-k", "--seed", "--device", "--dtype", "--no-mtp", "--chat", "--trace", "--compare",
-                 "--inspect"):  # fmt: skip
+                 "--top-p", "--top-k", "--seed", "--device", "--dtype", "--mtp", "--no-mtp", "--chat", "--trace",
+                 "--compare", "--inspect"):  # fmt: skip
         assert flag in out
 
 
@@ -3160,3 +3171,23 @@ def test_speed_of_speculation(shipped):
     with_mtp, plain = made / np.median(seconds, axis=0)
     print(f"\nplain {plain:.0f} tok/s, with MTP {with_mtp:.0f} tok/s: {times_faster(seconds):.2f}x, "
           f"{stats.accepted / stats.drafted:.0%} of the drafts accepted")  # fmt: skip
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", ["shipped", "mid", "wide"])
+def test_what_a_round_of_speculation_costs(name, shipped):
+    """The main model on a token and its draft, and the MTP module on two pairs, beside a token decoded plainly."""
+    cfg = replace({"shipped": shipped[1], "mid": MID, "wide": WIDE}[name], num_nextn_predict_layers=1)
+    w, rng, at, cache = random_weights(cfg), np.random.default_rng(0), itertools.count(128), dsv3.Cache(1, 256)
+
+    def take_in(token_BT, start):
+        h = dsv3.forward(token_BT, w, cfg, cache, start)
+        dsv3.head(h, w, cfg)
+        dsv3.head(dsv3.mtp(1, h, token_BT, w, cfg, cache, start)[:, -1:], w, cfg)
+
+    take_in(rng.integers(0, cfg.vocab_size, (1, 128)), np.array([0]))
+    seconds = in_turn(
+        decoding(w, cfg, 128), lambda: take_in(rng.integers(0, cfg.vocab_size, (1, 2)), np.array([next(at)])), n=31
+    )
+    cost = times_faster(seconds)
+    print(f"\n{name}: a round costs {cost:.2f} tokens: it pays if {cost - 1:.0%} of the drafts are accepted")
