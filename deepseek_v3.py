@@ -1,4 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.0", "tokenizers>=0.21", "jinja2>=3.1"]
+# ///
 """DeepSeek-V3, the whole model in one file: a specification that runs.
+
+    python deepseek_v3.py     tells a story with the small model beside it; --help lists what else it does
 
 Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
 skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py shows the two equal in float64.
@@ -18,11 +24,12 @@ checkpoint, configuration keys those of its config.json. The symbols in the marg
 Hugging Face transformers 5.23.0, "official" the code in deepseek-ai/DeepSeek-V3, inference/ (commit 9b4e978).
 
 Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test runs the program and
-checks them as functions return.
+checks them as functions return. x is the residual stream, or what a layer reads of it (the paper's h_t, u_t); h is a
+state after all layers (h^0, h^k).
 
     of the model (Config)                                         of the call
-    D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch
-    H  num_attention_heads  L  C + R, one row of the cache        T  tokens of each in this call
+    D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch, its rows
+    H  num_attention_heads  L  C + R, one entry of the cache      T  tokens of each in this call
     N  qk_nope_head_dim     Q  q_lora_rank      (paper: d_c')     S  positions looked at, the cached ones included
     R  qk_rope_head_dim     E  n_routed_experts                   J  key heads: H in MHA, 1 in MQA, between in GQA
     P  R / 2, rotated pairs K  num_experts_per_tok                Z  T H / J, the queries that share a key head
@@ -90,13 +97,20 @@ def top_k(score, k):
     """Indices (..., k) of the k largest of the last axis, largest first; among equals the lowest index wins.
 
     The paper does not say how ties fall; unstable choices have made implementations disagree (vLLM #52679 and others).
+
+    >>> top_k(np.array([1.0, 3.0, 2.0, 3.0]), 3)
+    array([1, 3, 2])
     """
     stable = {"stable": True} if getattr(xp, "__name__", "").startswith("jax") else {"kind": "stable"}
     return xp.argsort(-score, axis=-1, **stable)[..., :k]
 
 
 def slices(n, step):
-    """0 to n in slices of step, the last one cropped."""
+    """0 to n in slices of step, the last one cropped.
+
+    >>> slices(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
@@ -170,7 +184,7 @@ class Config:
     num_experts_per_tok: int = 8  # K_r
     scoring_func: str = "sigmoid"  # of the affinities; DeepSeek-V2: softmax
     topk_method: str = "noaux_tc"  # with bias and groups; V2: group_limited_greedy, or greedy, without groups
-    n_group: int = 8
+    n_group: int = 8  # groups of experts, one on each node
     topk_group: int = 4  # M, the nodes a token may be sent to
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5  # not in the paper
@@ -191,7 +205,7 @@ class Config:
 
 
 # ---- 3. Primitives -------------------------------------------------------------------------------------------------
-# Four small functions, and the angles of RoPE, are all that the rest is made of.
+# Matrix products, the norm, the MLP, softmax and the rotation by position are all that the rest is made of.
 
 
 ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
@@ -257,7 +271,11 @@ def softmax(x):
 
 
 def yarn_mscale(factor, mscale):
-    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1)."""
+    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1).
+
+    >>> round(yarn_mscale(40, 1.0), 4)
+    1.3689
+    """
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
@@ -302,7 +320,11 @@ def rope_magnitude(cfg):
 
 def softmax_scale(cfg):
     """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m(mscale_all_dim)^2, which the paper's equations leave out. (The
-    official code takes mscale here, the same number in DeepSeek-V3.)"""
+    official code takes mscale here, the same number in DeepSeek-V3.)
+
+    >>> round(softmax_scale(Config()) * math.sqrt(128 + 64), 4)
+    1.8739
+    """
     yarn = cfg.rope_scaling
     mscale = yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn and yarn.mscale_all_dim else 1
     return (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5 * mscale**2
@@ -324,8 +346,9 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
-SCORES = 2**18  # that attention holds at a time: they stay in the cache of a core (a GPU may hold 256 times as many),
-FEW = 64  # or as many as these queries have, since all keys are read for each lot: memory grows with the context alone
+# How many scores attention holds at a time (on a GPU 256 times as many): they stay in a core's cache, and memory grows
+# with the context, not with its square. But no fewer than FEW queries meet the keys at a time: all are read for each lot.
+SCORES, FEW = 2**18, 64
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
@@ -351,11 +374,11 @@ def positions(start_B, T, cfg, dtype):
 
 
 class Cache:
-    """The latent cache: for each layer one array (B, capacity, L), a row [c_KV ; k_R] for each position, no more.
+    """The latent cache: for each layer one array (B, capacity, L), an entry [c_KV ; k_R] for each position, no more.
 
-    c_KV is the latent after its norm, k_R the key after its rotation. A row's index is its position, and a query sees
-    no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
-    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right; those of
+    c_KV is the latent after its norm, k_R the key after its rotation. An entry's index is its position, and a query
+    sees no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
+    unseen until the next call overwrites it. `tokens[b]` are the tokens whose entries in row b are right; those of
     the MTP module too if all calls speculated, its last one for the token that followed in that call.
     """
 
@@ -408,7 +431,7 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
 
 
 def mla_query(x_BTD, w, name, cfg, at):
-    """Eqs. (6)-(8): the compressed query, normed (section 4.2), then up to all heads -> q_nope_BTHN, and rotated,
+    """Eqs. (6)-(8): the compressed query c_Q, normed (section 4.2), and from it every head's q_nope_BTHN and, rotated,
     q_rope_BTHR."""
     if cfg.q_lora_rank is None:
         q_BTX = linear(x_BTD, w, f"{name}.q_proj")
@@ -452,7 +475,7 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """Computation: the same, and no key is ever expanded.
 
     q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once a token instead of once a cached token. All
-    heads then share the keys [c ; k_R], which is the cache's row as it lies, and the values c: multi-query attention
+    heads then share the keys [c ; k_R], which is the cache's entry as it lies, and the values c: multi-query attention
     with heads of size L, whose result W_UV expands at the end. RoPE could not have moved: its rotation would stand
     between W_UK and the query, and it belongs to the key's position. That is why k_R is decoupled, eq. (3).
     """
@@ -475,7 +498,11 @@ def _per_head(x_BTHX, w_HXY):
 
 def absorbing_is_cheaper(T, S, cfg, B=1):
     """Count the multiplications of both forms for T queries over S keys, a head. Few queries: absorb; many: expand,
-    unless the keys and values of all heads would be too large."""
+    unless the keys and values of all heads would be too large.
+
+    >>> [absorbing_is_cheaper(T, 4096, Config()) for T in (1, 4096)]  # a token, a prompt
+    [True, False]
+    """
     C, R, N, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
     naive = S * C * (N + V) + T * S * (N + R + V)
     absorbed = T * C * (N + V) + T * S * (C + R + C)
@@ -499,15 +526,15 @@ def mla(x_BTD, w, layer, cfg, at, cache):
 
 
 # ---- 5. DeepSeekMoE (section 2.1.2) --------------------------------------------------------------------------------
-# Each token picks a few experts out of many, and a bias that no gradient touches keeps the picks even.
+# Each token chooses a few experts out of many, and a bias that no gradient touches keeps the choices even.
 
 
 def route(x_BTD, w, name, cfg):
     """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
-    Eq. (15) affinities; eq. (16), in place of (14), selection by affinity plus bias, among the experts of the
-    topk_group groups whose two best biased affinities sum highest; eq. (13) gates from the affinities alone, divided by
-    their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
+    Eq. (15): affinities. Eq. (16), in place of (14): the choice, by affinity plus bias, among the experts of the
+    topk_group groups whose two best biased affinities sum highest. Eq. (13): gates from the affinities alone, divided
+    by their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
     -inf; 0, as in older code, lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
 
     DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) has softmax affinities, no bias, and groups ranked by their best one.
@@ -537,7 +564,7 @@ def stacked(w, name, part, cfg):
 
 
 def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """Definition, the routed sum of eq. (12) over *all* experts, the gates of the unselected being 0.
+    """Definition, the routed sum of eq. (12) over *all* experts, the gates of those not chosen being 0.
 
     The experts' matrices are laid side by side, so that the sum over experts is part of the last of three large
     products, which is how training runs it. The gate multiplies before W_down instead of after: they commute.
@@ -551,7 +578,7 @@ def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
 
 
 def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """Computation: each selected expert sees only the tokens that chose it."""
+    """Computation: each chosen expert sees only the tokens that chose it."""
     x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).reshape(-1, index_BTK.shape[-1])
     gate_MK = gate_BTK.reshape(index_MK.shape).astype(x_BTD.dtype)
     y_MD = xp.zeros_like(x_MD)
@@ -598,12 +625,20 @@ def expert_load(index_BTK, cfg):
 
 def update_bias(bias_E, load_E, gamma):
     """Balancing without an auxiliary loss, after each training step: down by gamma where overloaded, up where
-    underloaded, sign(0) = 0. As printed (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift."""
+    underloaded, sign(0) = 0. As printed (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift.
+
+    >>> update_bias(np.zeros(4), np.array([4, 2, 1, 1]), gamma=0.001)
+    array([-0.001,  0.   ,  0.001,  0.001])
+    """
     return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype)
 
 
 def max_violation(load_E):
-    """MaxVio = (max load - mean load) / mean load (arXiv:2408.15664, eq. 4); 0 is perfect balance."""
+    """MaxVio = (max load - mean load) / mean load (arXiv:2408.15664, eq. 4); 0 is perfect balance.
+
+    >>> float(max_violation(np.array([4, 2, 1, 1])))
+    1.0
+    """
     return xp.max(load_E) / xp.mean(load_E) - 1
 
 
@@ -730,8 +765,8 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------------------------
-# A directory in the Hugging Face layout: config.json is checked, safetensors are mapped, tensors decoded when used, and
-# kept as long as there is room.
+# Of a directory in the Hugging Face layout config.json is checked, safetensors are mapped, and tensors are decoded when
+# used and kept as long as there is room.
 
 
 def read_json(path):
@@ -943,7 +978,11 @@ def read_safetensors(path):
 
 
 def e4m3_values():
-    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN."""
+    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN.
+
+    >>> e4m3_values()[[0x00, 0x38, 0x39, 0x7E, 0x7F, 0xC0]].tolist()
+    [0.0, 1.0, 1.125, 448.0, nan, -2.0]
+    """
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, (code & 7) / 8
     value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
@@ -1116,10 +1155,10 @@ class Checkpoint(Mapping):
     are members, each checked for its presence and shape now; those of absent MTP modules are not. `unused` lists what
     the files hold beyond that. `{layer}.mlp.experts.{part}_proj.weight` is that part of all experts, stacked.
 
-    memory: bytes that decoded tensors may take, by default 70 % of what is free. What finds no room is decoded at each
-    use. A tensor stays if there is room, or in the room of others that were used less
-    often. So of layers walked through in turn always the same ones stay (keeping the latest would keep none), and of
-    experts those that are often chosen. Raises InputError.
+    memory: bytes that decoded tensors may take, by default 70 % of what is free. A tensor stays if there is room, or
+    in the place of others used less often; one that finds none is decoded at each use. So of layers walked through in
+    turn always the same ones stay (keeping the latest would keep none), and of experts those that are often chosen.
+    Raises InputError.
     """
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
@@ -1227,8 +1266,8 @@ def _read_shards(directory):
 
 
 # ---- 9. Generation -------------------------------------------------------------------------------------------------
-# One loop: feed what is new, choose the next token, let the MTP module guess the one after; verify the guess next time.
-# At the end the trace, by which a port is checked.
+# One loop feeds what is new, chooses the next token, has the MTP module draft the one after, and verifies the draft
+# next time; the trace of one pass is what a port is checked by.
 
 CHUNK = 512  # tokens of a prompt that go through the model at once, which bounds the memory for activations
 
@@ -1286,7 +1325,11 @@ def _peak_memory():
 
 def distribution(logits_W, sampling):
     """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then top-k, then top-p (of
-    what top-k left, the fewest likeliest tokens that reach it). Among equals the lowest id comes first."""
+    what top-k left, the fewest likeliest tokens that reach it). Among equals the lowest id comes first.
+
+    >>> distribution(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1.0, top_p=0.6)).round(3)
+    array([0.   , 0.625, 0.375])
+    """
     logits_W = logits_W.astype(np.float64)
     _require(np.isfinite(logits_W).all(), "the model's logits are not finite: the weights or the dtype overflow")
     if sampling.temperature == 0:
@@ -1577,7 +1620,12 @@ def _changed(w, part, change):
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------------------------
-# python deepseek_v3.py --prompt "Once upon a time". Text goes to stdout, everything else to stderr.
+# Text goes to stdout, everything else to stderr, and what cannot be done is refused in one line.
+
+
+OPENING = "Once upon a time"  # the prompt where none is given
+WHAT_ELSE = """what else: --prompt "Tom had a kite" goes on from there, --temperature 0.7 --seed 1 tells it differently,
+--weights DIR runs another checkpoint, --inspect counts parameters and cache, --help lists all flags"""
 
 
 def choose_device(wanted):
@@ -1761,6 +1809,7 @@ def check_writable(path):
 
 
 def read_npz(path):
+    """The arrays of an .npz file, by name; InputError if it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -1771,11 +1820,14 @@ def read_npz(path):
 
 
 class Parser(argparse.ArgumentParser):
+    """Refuses in one line, as everything else does."""
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
 
 def parse_arguments(argv):
+    """The flags, with what argparse does not check: ranges, and which exclude each other."""
     parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy; without arguments, a story.")
     add = parser.add_argument
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - is stdin; repeatable")
@@ -1791,7 +1843,7 @@ def parse_arguments(argv):
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): the GPU if there is one")
     add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
     add("--memory", type=float, metavar="GB", help="for decoded weights; default: 70%% of what is free")
-    add("--mtp", action=argparse.BooleanOptionalAction, help="decode with speculation (default: where it is faster)")
+    add("--mtp", action=argparse.BooleanOptionalAction, help="generate with speculation (default: where it is faster)")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
     add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs, and the mistake if "
@@ -1815,6 +1867,7 @@ def read_prompt(text):
 
 
 def read_ids(text):
+    """A --tokens: integers, separated by spaces or commas."""
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
@@ -1822,6 +1875,7 @@ def read_ids(text):
 
 
 def say(text, end="\n"):
+    """Print to stderr, at once."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
@@ -1899,14 +1953,12 @@ def run(args):
         say(f"note: {len(w.unused)} tensors have no place in the model and stay unread: {w.unused[0]} ...")
     speculate = speculation_pays(cfg) if args.mtp is None else args.mtp
     if args.mtp is None and not speculate and mtp_depth(w, cfg):
-        say(
-            "note: decoding without speculation, which does not pay on NumPy in a model of this size; --mtp turns it on"
-        )
+        say("note: no speculation, which does not pay on NumPy in a model of this size; --mtp turns it on")
     session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, speculate)
     if args.chat:
         session.converse(args.prompt)
         return 0
-    texts = args.prompt or ["Once upon a time"]
+    texts = args.prompt or [OPENING]
     prompts = [read_ids(ids) for ids in args.tokens] or [text.encode(read_prompt(t)) for t in texts]
     check_prompts(prompts, cfg, args.max_tokens)
     agree = True
@@ -1918,7 +1970,12 @@ def run(args):
         if theirs is not None:
             agree, verdict = compare(ours, theirs, mistakes=lambda name: known_mistakes(name, ours, prompts, w, cfg))
             say(f"{args.compare}: {verdict}")
+    asked = args.prompt or args.tokens
+    if not asked:
+        print(OPENING, end="", flush=True)
     session.make(prompts)
+    if not asked:
+        say(WHAT_ELSE)
     return 0 if agree else 1
 
 

@@ -9,6 +9,7 @@ Properties run in float64 to TIGHT, relative to the largest value; where float32
 stated with the test. Parity is with Hugging Face transformers, whose activations are shipped as data.
 """
 
+import doctest
 import functools
 import importlib
 import inspect
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import tracemalloc
 import types
 import zlib
@@ -495,7 +497,7 @@ def test_naive_attention_equals_the_equations_head_by_head(cfg, seed):
 
 
 @given(configs(), seeds)
-def test_absorbed_attention_is_multi_query_attention_over_the_cache_rows(cfg, seed):
+def test_absorbed_attention_is_multi_query_attention_over_the_entries_of_the_cache(cfg, seed):
     q_nope, q_rope, kv, w, name, _, visible = inputs = attention_inputs(cfg, seed, 3, 2)
     w_uk, w_uv = dsv3.kv_up(w, name, cfg)
     q = np.concatenate([np.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], -1)
@@ -1034,7 +1036,7 @@ def write_checkpoint(directory, cfg, w, config=None, shards=1, dtype=None):
     return directory
 
 
-def quantized(w, ends="_proj.weight"):
+def quantised(w, ends="_proj.weight"):
     """The FP8 release's form of some weights: every projection but eh_proj in E4M3 with scales of 128x128 blocks."""
     out = {}
     for name, x in w.items():
@@ -1093,7 +1095,7 @@ def test_a_checkpoint_reads_back_as_written(tmp_path, stored, shards):
 
 def test_the_fp8_release_layout_with_ragged_blocks_and_scales_in_other_shards(tmp_path):
     cfg = replace(SMALL, hidden_size=160, kv_lora_rank=140, moe_intermediate_size=130)
-    stored = quantized(make_weights(cfg))
+    stored = quantised(make_weights(cfg))
     for k in (3, 4):  # the release stores the shared embedding and head again with each MTP module
         stored[f"model.layers.{k}.embed_tokens.weight"] = stored["model.embed_tokens.weight"]
         stored[f"model.layers.{k}.shared_head.head.weight"] = stored["lm_head.weight"]
@@ -1126,7 +1128,7 @@ def test_the_memory_given_changes_no_bit(tmp_path, monkeypatch):
     """FP8 (here the embedding too) and BF16, in several bands, ahead in threads; from no memory at all to enough."""
     monkeypatch.setattr(dsv3, "BAND", 2**8)
     cfg = replace(SMALL, vocab_size=300, intermediate_size=150, num_nextn_predict_layers=1)
-    fp8 = quantized(make_weights(cfg), ("_proj.weight", "embed_tokens.weight"))
+    fp8 = quantised(make_weights(cfg), ("_proj.weight", "embed_tokens.weight"))
     directory = write_checkpoint(tmp_path / "w", cfg, fp8, shards=2)
     prompts, seen = [make_tokens(cfg, 0, 9).tolist(), [1]], []
     for memory in (None, 200_000, 80_000, 0):
@@ -1279,7 +1281,7 @@ def test_an_fp8_norm_is_refused(tmp_path):
 
 
 def test_an_fp8_weight_without_its_scales_is_refused(tmp_path):
-    stored = quantized(make_weights(SMALL))
+    stored = quantised(make_weights(SMALL))
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     for broken, said in (({}, "missing"), ({name: np.ones((2, 1), np.float32)}, "shape"),
                          ({name: np.ones((1, 1), np.float64)}, "F32 or BF16")):  # fmt: skip
@@ -1296,6 +1298,9 @@ def test_the_tensors_of_the_671b_model_are_counted_as_published():
     shapes = dsv3.tensor_shapes(dsv3.Config())
     scaled = sum(name.endswith(("_proj.weight", "with_mqa.weight")) for name in shapes) - 1  # not eh_proj
     assert len(shapes) + 2 + scaled == 91_991  # the MTP module's copies of embedding and head
+    embedding, eh_proj, readme = 129_280 * 7168, 2 * 7168**2, (HERE / "README.md").read_text("utf-8")
+    for size in (37_552_297_472 - embedding, 11_610_068_224 + 2 * embedding, 11_610_068_224 - eh_proj):
+        assert f"{size:,}" in readme
 
 
 def true_width(directory, cfg):
@@ -1790,7 +1795,7 @@ def gpu(request, monkeypatch):
 def test_under_cupys_rules_the_bits_are_numpys(tmp_path, monkeypatch, dtype, memory):
     """Checkpoint (FP8 and BF16, all in memory or nothing), trace, generation with speculation and sampling, and the
     objective."""
-    directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantized(make_weights(GUESSABLE)))
+    directory = write_checkpoint(tmp_path / "w", GUESSABLE, quantised(make_weights(GUESSABLE)))
     prompts, tokens = [[1, 2, 3, 0, 1], [3]], make_tokens(GUESSABLE, 0, 2, 7)
     monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.swapaxes(-1, -2))  # NumPy has forms of its own
     if memory == 0:  # nothing is kept on either side, so experts are not gathered on either
@@ -1855,7 +1860,7 @@ def test_a_gpu_in_half_precision(gpu):
 
 
 def test_a_gpu_that_is_too_small_streams_what_does_not_fit(gpu, tmp_path):
-    directory = write_checkpoint(tmp_path / "w", SMALL, quantized(make_weights(SMALL)))
+    directory = write_checkpoint(tmp_path / "w", SMALL, quantised(make_weights(SMALL)))
     prompt = make_tokens(SMALL, 0, 9).tolist()
     expected = None
     for memory in (None, 40_000, 0):
@@ -1898,7 +1903,7 @@ def test_no_result_hangs_on_the_last_bits(monkeypatch):
     assert 0 < np.abs(logits - theirs["lm_head"]).max() < 1e-4
 
 
-def test_a_gpus_speed_beside_its_memorys(gpu):
+def test_a_gpus_speed_beside_that_of_its_memory(gpu):
     """Prints the bytes of weights that decoding reads a second, beside what adding 1 to a large array reads and writes.
 
     Four layers about as wide as Moonlight's; on the stand-in the small model, so that these lines run in every test.
@@ -2019,7 +2024,7 @@ def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
     assert dsv3.main([*flags, "--compare", str(trace)]) == 1
     np.savez(trace, **arrays | {"model.norm": arrays["model.norm"] * np.nan})
     assert dsv3.main([*flags, "--compare", str(trace)]) == 1
-    np.savez(trace, **{"lm_head": arrays["lm_head"].astype(ml_dtypes.bfloat16)})
+    np.savez(trace, lm_head=arrays["lm_head"].astype(ml_dtypes.bfloat16))
     assert dsv3.main([*flags, "--compare", str(trace)]) == 0
     for strange in ({"other": 1}, {"lm_head": np.array(["text"])}, {"lm_head": arrays["lm_head"] * 1j}):
         np.savez(trace, **strange)
@@ -2583,6 +2588,21 @@ def test_the_readme_shows_what_its_commands_print(tmp_path):
         assert (code, out) == (0, output), err
 
 
+def test_the_examples_in_docstrings_are_true():
+    failed, attempted = doctest.testmod(dsv3)
+    assert failed == 0 and attempted >= 9
+
+
+def test_the_script_metadata_is_what_requirements_say():
+    """What `uv run deepseek_v3.py` installs: the requirements above those of the tests."""
+    source, required = (HERE / "deepseek_v3.py").read_text("utf-8"), (HERE / "requirements.txt").read_text("utf-8")
+    metadata = re.match(r"# /// script\n(.*?)# ///\n", source, re.S)[1]
+    needed = re.findall(r"^[\w>=.]+", required.partition("# Tests.")[0], re.M)
+    assert tomllib.loads(re.sub("^# ", "", metadata, flags=re.M)) == {
+        "requires-python": ">=3.11", "dependencies": needed
+    }  # fmt: skip
+
+
 def test_the_readme_names_what_exists():
     text, tests = (HERE / "README.md").read_text("utf-8"), (HERE / "test_deepseek_v3.py").read_text("utf-8")
     rows = re.findall(r"^\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$", text, re.M)
@@ -2665,8 +2685,8 @@ def test_prompts_from_stdin_and_in_batches():
     assert code == 0 and STATISTICS.fullmatch(err)
     code, both, _ = cli("-p", "Once upon a time", "-p", "Tom and Lily went", "-n", 12)
     assert code == 0 and both.startswith(alone) and len(both) > len(alone) + 12
-    code, default, _ = cli("-n", 12, "--no-mtp")
-    assert (code, default) == (0, alone)
+    code, default, err = cli("-n", 12, "--no-mtp")
+    assert (code, default) == (0, "Once upon a time" + alone) and "--help" in err
     code, out, err = cli("-p", "-", input=b"\xff\xfe")
     assert (code, out) == (2, "") and "UTF-8" in err and err.count("\n") == 1
     code, out, err = cli("-p", b"\xff".decode("utf-8", "surrogateescape"))
@@ -3022,7 +3042,7 @@ def test_speed_beside_hugging_face_transformers(tmp_path):
             dsv3.head(h[:, -1:], w, MID)
 
         theirs = torch.from_numpy(tokens)
-        pair = in_turn(prefill, lambda: model(theirs, use_cache=True, logits_to_keep=1), n=n)  # noqa: B023
+        pair = in_turn(prefill, lambda: model(theirs, use_cache=True, logits_to_keep=1), n=n)
         row(f"prefill {T}", pair, T)
     cfg = dsv3.read_config(WEIGHTS)
     w, model = dsv3.Checkpoint(WEIGHTS, cfg), load(WEIGHTS)
