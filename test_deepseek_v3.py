@@ -34,7 +34,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -44,7 +44,8 @@ HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
 TIGHT = 1e-10
 settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("default")
+settings.register_profile("unshrunk", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 # ---- Small models --------------------------------------------------------------------------------------------------
