@@ -20,7 +20,7 @@ CONFIG = f"""
 [cosmic-ray]
 module-path = "{PROGRAM}"
 timeout = 1200.0
-test-command = "{os.environ.get("MUTANTS_PREFIX", "")} {sys.executable} .ci/mutants.py test"
+test-command = "{sys.executable} .ci/mutants.py test"
 [cosmic-ray.distributor]
 name = "local"
 """
