@@ -23,7 +23,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
+import typing
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import tokenizers
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -1232,16 +1235,55 @@ def damaged(directory, how):
         header["model.norm.weight"] = {"dtype": "F32"}
         rewrite(header)
     elif how == "missing":
-        del header["model.norm.weight"]
+        header["x"] = header.pop("model.norm.weight")
         rewrite(header)
     elif how == "dtype":
-        header["model.norm.weight"]["dtype"] = "I64"
+        header["model.norm.weight"]["dtype"] = "I32"
         rewrite(header)
     elif how == "shape":
         header["lm_head.weight"]["shape"] = [22, 31]
         rewrite(header)
     elif how == "gone":
         file.unlink()
+    elif how == "overlap":
+        header["model.norm.weight"]["data_offsets"] = header["lm_head.weight"]["data_offsets"]
+        rewrite(header)
+    elif how == "gap":
+        file.write_bytes(data[: 8 + n] + b"gap" + data[8 + n :])
+        header = {name: entry | {"data_offsets": [3 + at for at in entry["data_offsets"]]}
+                  for name, entry in header.items()}  # fmt: skip
+        data[8 + n : 8 + n] = b"gap"
+        rewrite(header)
+    elif how == "trailing":
+        file.write_bytes(data + b"more")
+    elif how == "twice":
+        raw = data[8 : 8 + n].rstrip()[:-1] + b', "model.norm.weight": {}}'
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + n :])
+    elif how == "metadata":
+        header["__metadata__"] = {"format": 1}
+        rewrite(header)
+    elif how == "long":  # as long as it says, and sparse: reading it would take that much memory
+        file.write_bytes((10**12).to_bytes(8, "little"))
+        os.truncate(file, 2 * 10**12)
+    elif how == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif how == "link":
+        file.rename(directory.parent / "elsewhere")
+        file.symlink_to(directory.parent / "elsewhere")
+    elif how == "long config":
+        os.truncate(directory / "config.json", 10**12)
+    elif how == "linked config":
+        (directory / "config.json").rename(directory.parent / "config")
+        (directory / "config.json").symlink_to("../config")
+    elif how == "layers":
+        keys = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(keys | {"num_hidden_layers": 10**9}))
+    elif how == "experts":
+        keys = json.loads((directory / "config.json").read_text()) | {"n_routed_experts": 10**9}
+        (directory / "config.json").write_text(json.dumps(keys))
+    elif how == "surrogate":
+        (directory / "config.json").write_text('{"model_type": "\\ud800"}')
     elif how == "config":
         (directory / "config.json").write_text("{")
     elif how == "no config":
@@ -1252,6 +1294,16 @@ def damaged(directory, how):
         (directory / "model.safetensors.index.json").write_text("{}")
     elif how == "elsewhere":
         (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    elif how in ("dots", "nameless", "line"):
+        shard = {"dots": "..", "nameless": "", "line": "a\n\x1b[31mb"}[how]
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    elif how == "linked shard":
+        (directory / "x").symlink_to("/etc/hostname")
+        (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x"}}')
+    elif how == "two shards":
+        shutil.copy(file, directory / "x")
+        weight_map = dict.fromkeys(header, file.name) | {"lm_head.weight": "x"}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize("how, said", [
@@ -1260,7 +1312,13 @@ def damaged(directory, how):
     ("huge", "model.norm.weight"), ("nothing", "model.norm.weight"), ("digits", "not JSON"),
     ("entry", "model.norm.weight"), ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
     ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
-    ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks a"),
+    ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks it"), ("overlap", "neither overlap"),
+    ("gap", "nor leave a gap"), ("trailing", "4 bytes follow"), ("twice", "'model.norm.weight' is there twice"),
+    ("metadata", "__metadata__"), ("long", "does not fit"), ("pipe", "no file"), ("link", "link out of"),
+    ("long config", "too many"), ("linked config", "link out of"), ("layers", "num_hidden_layers"),
+    ("experts", "n_routed_experts"), ("surrogate", "surrogates not allowed"), ("dots", "link out of"),
+    ("nameless", "no file"), ("line", "plain file name"), ("linked shard", "link out of"),
+    ("two shards", "model.safetensors too has"),
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, how, said):
     directory = write_checkpoint(tmp_path / "w", SMALL, make_weights(SMALL, dtype=np.float32))
@@ -1270,6 +1328,34 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capsys, how, said
     assert dsv3.main(["--weights", str(directory), "--tokens", "1", "-n", "1"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err and str(directory) in err
+
+
+def test_links_within_the_directory_and_those_of_hugging_faces_cache_are_followed(tmp_path):
+    for home, target in (("w", "."), ("cache/snapshots/1234", "../../blobs")):
+        directory = tmp_path / home
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(directory, SMALL, make_weights(SMALL, dtype=np.float32))
+        (directory / target).mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (directory / name).rename(directory / target / f"{name}.blob")
+            (directory / name).symlink_to(Path(target) / f"{name}.blob")
+        (tmp_path / f"link to {directory.name}").symlink_to(directory)  # and any to the directory itself
+        for each in (directory, tmp_path / f"link to {directory.name}"):
+            assert len(dsv3.Checkpoint(each, dsv3.read_config(each))) == len(make_weights(SMALL))
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1e-3, 7e35])
+def test_a_scale_that_is_no_scale_is_refused_where_it_is_used(tmp_path, stored, bad):
+    scales, name = quantized(make_weights(SMALL)), "model.layers.0.self_attn.o_proj.weight"
+    for value in (0.0, 2.0**119, bad):
+        broken = {f"{name}_scale_inv": np.full((1, 1), value).astype(stored)}
+        read = dsv3.Checkpoint(write_checkpoint(tmp_path / "w", SMALL, scales | broken), SMALL)
+        if value is not bad:
+            assert np.isfinite(read[name]).all()
+            continue
+        with pytest.raises(dsv3.InputError, match=rf"w: {name}_scale_inv must be from 0"):
+            read[name]
 
 
 def test_an_fp8_norm_is_refused(tmp_path):
@@ -2436,6 +2522,207 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
     monkeypatch.setattr(dsv3, "xp", np)
     loaded = dsv3.Checkpoint(tmp_path / "whole", dsv3.read_config(tmp_path / "whole"))
     assert dsv3.read_config(tmp_path / "whole") == cfg and np.isfinite(loaded["lm_head.weight"]).all()
+
+
+# ---- Strangers' files and faults -------------------------------------------------------------------------------------
+# FUZZ=20000 pytest -k fuzz: what may be said of every file that differs from a sound one by a few edits.
+
+FUZZ = settings(max_examples=int(os.environ.get("FUZZ", 150)), deadline=20_000)
+TINY = replace(SMALL, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=2, num_experts_per_tok=1,
+               n_group=1, topk_group=1, n_shared_experts=0, num_nextn_predict_layers=0)  # fmt: skip
+TOKEN = re.compile(rb'"[^"]*"|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null|[\[\]{},:]')
+STRANGE = [
+    b"-1", b"-0", b"0", b"1", b"2", b"1.5", b"1e3", b"1e999", b"NaN", b"-Infinity", b"null", b"true", b"false", b'"1"',
+    b'""', b"[]", b"{}", b"[1]", b"4294967296", b"9007199254740993", b"18446744073709551616", b"9" * 5000, b"[" * 2000,
+    b'"\\ud800"', b'"\xff"', b'"\\u0000"', b'"F32"', b'"BF16"', b'"F4"', b'"I64"', b'"U8"', b'"__metadata__"',
+    b"\xef\xbb\xbf", b'"a":1,', b"\n", b"\0",
+]  # fmt: skip
+
+
+@st.composite
+def edited(draw, text):
+    """JSON of a sound file after one to three edits: tokens replaced, doubled, swapped or dropped; bytes likewise."""
+    for _ in range(draw(st.integers(1, 3))):
+        spans = [found.span() for found in TOKEN.finditer(text)] or [(0, len(text))]
+        (a, b), (c, d) = sorted(draw(st.sampled_from(spans)) for _ in range(2))
+        kind = draw(st.sampled_from(["strange", "strange", "copy", "swap", "drop", "insert", "bytes", "cut", "double"]))
+        if kind == "strange":
+            text = text[:a] + draw(st.sampled_from(STRANGE)) + text[b:]
+        elif kind == "copy":
+            text = text[:a] + text[c:d] + text[b:]
+        elif kind == "swap" and b <= c:
+            text = text[:a] + text[c:d] + text[b:c] + text[a:b] + text[d:]
+        elif kind == "drop":
+            text = text[:a] + text[b:]
+        elif kind == "insert":
+            text = text[:a] + draw(st.sampled_from(STRANGE)) + text[a:]
+        elif kind == "bytes":
+            text = text[:a] + draw(st.binary(max_size=4)) + text[min(b, a + 4) :]
+        elif kind == "cut":
+            text = text[:a]
+        elif kind == "double":
+            text = text[:d] + text[a:d] + text[d:]
+    return text
+
+
+@st.composite
+def edited_safetensors(draw, raw):
+    """A sound file with an edited header, its length set right or not; or with other bytes, missing ones, or more."""
+    n = int.from_bytes(raw[:8], "little")
+    length, header, data = raw[:8], raw[8 : 8 + n], raw[8 + n :]
+    kind = draw(st.sampled_from(["header", "header", "header", "length", "cut", "data", "more"]))
+    if kind == "header":
+        header = draw(edited(header))
+        length = len(header).to_bytes(8, "little")
+    elif kind == "length":
+        length = draw(
+            st.one_of(st.binary(min_size=8, max_size=8), st.integers(0, 2 * n).map(lambda n: n.to_bytes(8, "little")))
+        )
+    elif kind == "data":
+        at = draw(st.integers(0, len(data) - 1))
+        data = data[:at] + draw(st.binary(min_size=1, max_size=1)) + data[at + 1 :]
+    elif kind == "more":
+        data = data + draw(st.binary(max_size=9))
+    whole = length + header + data
+    return whole[: draw(st.integers(0, len(whole)))] if kind == "cut" else whole
+
+
+def outcome(read, size):
+    """What reading gives, or the refusal, which must be one line; and neither takes much more memory than the files."""
+    tracemalloc.start()
+    try:
+        got = read()
+    except dsv3.InputError as refusal:
+        got = str(refusal)
+        assert got.isprintable() and len(got) < 1000, got
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2**20 + 100 * size, peak
+    return got
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A sound checkpoint: config.json, index, two shards of FP8, BF16 and F32. -> its directory, {name: its bytes}."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("sound") / "w", TINY, quantized(make_weights(TINY)), shards=2)
+    return directory, {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def strict_header(raw):
+    """Whether a header that the library accepts is one that we accept too. Ours is stricter where readers may differ,
+    or NumPy has no such array: a tensor named twice; entries with more than the three fields, or in other JSON types
+    (the library takes an array for an object, and {"F32": null} for "F32"); over 64 axes, or 2^60 elements, zeros not
+    counted."""
+
+    def entry(pairs):
+        keys = [key for key, _ in pairs]
+        return dict(pairs) if len(set(keys)) == len(keys) else {"twice": True}
+
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")], object_pairs_hook=entry)
+    header.pop("__metadata__", None)
+    return all(
+        isinstance(e, dict) and set(e) == {"dtype", "shape", "data_offsets"} and isinstance(e["dtype"], str)
+        and len(e["shape"]) <= 64 and math.prod(n or 1 for n in e["shape"]) < 2**60
+        for e in header.values()
+    )  # fmt: skip
+
+
+@FUZZ
+@given(st.data())
+def test_fuzzed_safetensors_are_read_or_refused_as_the_safetensors_library_does(sound, data):
+    directory, files = sound
+    raw = data.draw(edited_safetensors(files["model-00001-of-000002.safetensors"]))
+    path = directory.parent / "fuzzed.safetensors"
+    path.write_bytes(raw)
+    ours = outcome(lambda: dsv3.read_safetensors(path), len(raw))
+    try:
+        theirs = dict(safetensors.deserialize(raw))
+    except safetensors.SafetensorError:
+        n = int.from_bytes(raw[:8], "little")
+        assert isinstance(ours, str) or b"-0" in raw[8 : 8 + n]  # -0, which JSON has and Python reads as 0
+        return
+    if isinstance(ours, str):
+        assert str(path) in ours and not strict_header(raw), ours
+        return
+    assert ours.keys() == theirs.keys()
+    for name, (dtype, stored) in ours.items():
+        assert dtype == theirs[name]["dtype"] and stored.tobytes() == bytes(theirs[name]["data"])
+        assert dtype not in dsv3.STORED or list(stored.shape) == theirs[name]["shape"]
+
+
+def tensors_by_the_library(directory):
+    """The decoded tensors of a directory of shards, by safetensors and ml_dtypes alone."""
+    stored, kinds = {}, {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+    for name, shard in json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].items():
+        entry = dict(safetensors.deserialize((directory / shard).read_bytes()))[name]
+        if entry["dtype"] in kinds:
+            stored[name] = np.frombuffer(bytes(entry["data"]), kinds[entry["dtype"]]).reshape(entry["shape"])
+    decoded = {name: x.astype(np.float32) for name, x in stored.items()}
+    return {name: x * decoded.get(f"{name}_scale_inv", np.float32(1)) for name, x in decoded.items()}  # one block each
+
+
+@FUZZ
+@given(st.data())
+def test_fuzzed_checkpoints_load_the_same_tensors_or_are_refused(sound, data):
+    directory, files = sound
+    name = data.draw(st.sampled_from(sorted(files)))
+    raw = data.draw(edited(files[name]) if name.endswith(".json") else edited_safetensors(files[name]))
+    (directory / name).write_bytes(raw)
+    try:
+
+        def read():
+            w = dsv3.Checkpoint(directory, dsv3.read_config(directory), memory=2**20)
+            return {name: w[name] for name in w}
+
+        with np.errstate(over="ignore", invalid="ignore"):  # FP8's NaN, or scales that are out of proportion
+            got = outcome(read, sum(map(len, files.values())))
+            if isinstance(got, dict):
+                expected = tensors_by_the_library(directory)
+                for each, x in got.items():
+                    assert x.dtype == np.float32 and np.array_equal(x, expected[each], equal_nan=True), each
+            else:
+                assert str(directory) in got
+    finally:
+        (directory / name).write_bytes(files[name])
+
+
+FEW = {"num_hidden_layers": 3, "first_k_dense_replace": 2}
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from([0, 1, -1, 2**31, 2**63, 10**12, 10**30, 1e-300, 1e300, "1", "yarn", "default", "greedy"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["type", "factor", "rope_theta"]), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@FUZZ
+@given(st.sampled_from([RELEASE | FEW, RELEASE | V2_LITE | FEW]), st.data())
+def test_fuzzed_configurations_are_a_model_or_are_refused(keys, data):
+    """Of those accepted, every number is of the type and in the range that the model needs, so that all can be said of
+    it that is said without weights: names and shapes, angles, parameters."""
+    changed = data.draw(
+        st.dictionaries(st.sampled_from([*keys, "rope_parameters", "num_mtp_layers"]), values, min_size=1)
+    )
+    yarn = data.draw(
+        st.dictionaries(st.sampled_from([*RELEASE["rope_scaling"], "attention_factor", "truncate"]), values)
+    )
+    if yarn:
+        changed |= {"rope_scaling": RELEASE["rope_scaling"] | yarn}
+
+    def read():
+        cfg = dsv3.parse_config(keys | changed)
+        for name, kind in typing.get_type_hints(dsv3.Config).items():
+            value = getattr(cfg, name)
+            assert isinstance(value, kind) or (kind is float and type(value) is int)
+            assert type(value) is not bool or kind is bool
+        assert np.isfinite(dsv3.rope_frequencies.__wrapped__(replace(cfg, qk_rope_head_dim=64))).all()
+        assert math.isfinite(dsv3.rope_magnitude(cfg)) and dsv3.softmax_scale(cfg) > 0
+        if cfg.num_hidden_layers < 100:
+            assert "parameters" in dsv3.inspect(cfg)
+
+    outcome(read, 3 * 10**6)
 
 
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
