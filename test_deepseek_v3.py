@@ -2530,39 +2530,59 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
 FUZZ = settings(max_examples=int(os.environ.get("FUZZ", 150)), deadline=20_000)
 TINY = replace(SMALL, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=2, num_experts_per_tok=1,
                n_group=1, topk_group=1, n_shared_experts=0, num_nextn_predict_layers=0)  # fmt: skip
-TOKEN = re.compile(rb'"[^"]*"|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null|[\[\]{},:]')
+VALUE = re.compile(rb'"[^"]*"|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null|\[[^][{}]*\]|\{[^{}]*\}')
 STRANGE = [
-    b"-1", b"-0", b"0", b"1", b"2", b"1.5", b"1e3", b"1e999", b"NaN", b"-Infinity", b"null", b"true", b"false", b'"1"',
-    b'""', b"[]", b"{}", b"[1]", b"4294967296", b"9007199254740993", b"18446744073709551616", b"9" * 5000, b"[" * 2000,
-    b'"\\ud800"', b'"\xff"', b'"\\u0000"', b'"F32"', b'"BF16"', b'"F4"', b'"I64"', b'"U8"', b'"__metadata__"',
-    b"\xef\xbb\xbf", b'"a":1,', b"\n", b"\0",
+    b"-1", b"-0", b"0", b"1", b"2", b"1.5", b"1e3", b"1e999", b"null", b"true", b"false", b'"1"', b'""', b"[]", b"{}",
+    b"[1]", b"4294967296", b"9007199254740993", b"18446744073709551616", b"[0,4611686018427387904]", b'"\\u0000"',
+    b'"F32"', b'"BF16"', b'"F4"', b'"I64"', b'"U8"', b'"__metadata__"', b'"model.norm.weight"', b'{"a":"b"}', b'".."',
 ]  # fmt: skip
+BROKEN = [
+    b"NaN",
+    b"-Infinity",
+    b"9" * 5000,
+    b"[" * 2000,
+    b'"\\ud800"',
+    b'"\xff"',
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"\0",
+    b",",
+    b"}",
+]
 
 
 @st.composite
 def edited(draw, text):
-    """JSON of a sound file after one to three edits: tokens replaced, doubled, swapped or dropped; bytes likewise."""
-    for _ in range(draw(st.integers(1, 3))):
-        spans = [found.span() for found in TOKEN.finditer(text)] or [(0, len(text))]
-        (a, b), (c, d) = sorted(draw(st.sampled_from(spans)) for _ in range(2))
-        kind = draw(st.sampled_from(["strange", "strange", "copy", "swap", "drop", "insert", "bytes", "cut", "double"]))
+    """The JSON of a sound file after one or two edits: mostly a value replaced by another, of the file or a strange
+    one, or two swapped; else a value dropped or doubled, something inserted, bytes overwritten, the rest cut off."""
+    for _ in range(draw(st.integers(1, 2))):
+        spans = [span for found in VALUE.finditer(text) for span in inner_spans(found)]
+        (a, b), (c, d) = sorted(draw(st.sampled_from(spans or [(0, len(text))])) for _ in range(2))
+        kind = draw(
+            st.sampled_from(["strange"] * 5 + ["copy"] * 2 + ["swap"] * 4 + ["double", "insert", "bytes", "cut"])
+        )
         if kind == "strange":
             text = text[:a] + draw(st.sampled_from(STRANGE)) + text[b:]
         elif kind == "copy":
             text = text[:a] + text[c:d] + text[b:]
         elif kind == "swap" and b <= c:
             text = text[:a] + text[c:d] + text[b:c] + text[a:b] + text[d:]
-        elif kind == "drop":
-            text = text[:a] + text[b:]
+        elif kind == "double":
+            text = text[:d] + b"," + text[a:d] + text[d:]
         elif kind == "insert":
-            text = text[:a] + draw(st.sampled_from(STRANGE)) + text[a:]
+            text = text[:a] + draw(st.sampled_from(BROKEN)) + text[a:]
         elif kind == "bytes":
             text = text[:a] + draw(st.binary(max_size=4)) + text[min(b, a + 4) :]
         elif kind == "cut":
             text = text[:a]
-        elif kind == "double":
-            text = text[:d] + text[a:d] + text[d:]
     return text
+
+
+def inner_spans(found):
+    """The span of a value, and those of the values within it."""
+    start, end = found.span()
+    inside = VALUE.finditer(found.string, start + 1, end - 1) if found[0][:1] in b"[{" else ()
+    return [(start, end), *(span for each in inside for span in inner_spans(each))]
 
 
 @st.composite
