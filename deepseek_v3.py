@@ -41,6 +41,7 @@ import math
 import mmap
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -1393,7 +1394,9 @@ def check_prompts(prompts, cfg, max_tokens):
     for n, prompt in enumerate(prompts):
         _require(len(prompt), f"prompt {n} is empty: it needs at least one token")
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
-        _require(not bad, f"prompt {n}: token id {bad[:1]} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
+        _require(
+            not bad, f"prompt {n}: token id {str(bad[:1]):.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}"
+        )
         _require(len(prompt) + max_tokens <= cfg.max_position_embeddings,
                  f"prompt {n} has {len(prompt)} tokens; with {max_tokens} new ones that is more than the model's "
                  f"{cfg.max_position_embeddings} positions")  # fmt: skip
@@ -1794,11 +1797,13 @@ def read_ids(text):
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
-        raise InputError(f"--tokens takes integers separated by spaces, not {text!r}") from None
+        raise InputError(f"--tokens takes integers separated by spaces, not {text!r:.99}") from None
 
 
 def say(text, end="\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a stderr that is full: there is nowhere to say so
+        if sys.stderr:  # None: it is closed, and print would take stdout
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -1833,7 +1838,7 @@ class Session:
 
     def progress(self, done, tokens):
         """How far a long prompt is, on a line that is taken back at its end; only where someone watches."""
-        if tokens > 2 * CHUNK and sys.stderr.isatty():
+        if tokens > 2 * CHUNK and sys.stderr and sys.stderr.isatty():
             say(f"\rprompt: {done:,} of {tokens:,} tokens" if done < tokens else "\r\033[K", end="")
 
     def printer(self, rows):
@@ -1921,4 +1926,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, as Ctrl-C does: no half-written file is left
     sys.exit(main())

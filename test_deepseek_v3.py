@@ -2470,15 +2470,18 @@ def test_an_unwritable_trace_is_refused_before_the_work_and_leaves_nothing_behin
 
 
 def test_closed_or_full_standard_streams_make_no_traceback():
-    for command, said in (
-        ("-p - <&-", "stdin is closed"),
-        ("-n 3 > /dev/full", "No space left"),
-        ("--inspect >&-", ""),
+    for command, said, code in (
+        ("-p - <&-", "stdin is closed", 2),
+        ("-n 3 > /dev/full", "No space left", 2),
+        ("--inspect >&-", "", 0),
+        ("-n 3 2>&-", "", 0),
+        ("-n 3 2>/dev/full", "", 0),
+        ("--temp nan 2>/dev/full", "", 2),
     ):
         command = f"{sys.executable} deepseek_v3.py {command}"
         done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, timeout=60)
         assert said in done.stderr.decode() and b"Traceback" not in done.stderr
-        assert done.returncode == (2 if said else 0)
+        assert done.returncode == code and b"tok/s" not in done.stdout
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
@@ -2743,6 +2746,109 @@ def test_fuzzed_configurations_are_a_model_or_are_refused(keys, data):
             assert "parameters" in dsv3.inspect(cfg)
 
     outcome(read, 3 * 10**6)
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--tokens", ""], "empty"),
+    (["--tokens", "0 " * 1025], "1024 positions"),
+    (["-p", "x " * 3000], "1024 positions"),
+    (["-n", "1020"], "1024 positions"),
+    (["--tokens", "2048"], "0 to 2047"),
+    (["--tokens=-1"], "0 to 2047"),
+    (["--tokens", "9" * 5000], "integers"),
+    (["--temp", "-0.1"], "temperature"),
+    (["--temp", "nan"], "temperature"),
+    (["--top-p", "0"], "top-p"),
+    (["--top-p", "1.01"], "top-p"),
+    (["--top-p", "nan"], "top-p"),
+    (["-p", b"\xff".decode("utf-8", "surrogateescape")], "lone surrogate"),
+    (["-p", "-", b"Tom \xed\xa0\x80"], "not UTF-8"),
+    (["--chat", b"\xff"], "no chat template"),
+    (["--trace", "none/t.npz"], "none is no directory"),
+    (["--weights", "README.md"], "no such directory"),
+])  # fmt: skip
+def test_the_program_refuses_a_bad_request_in_one_line(args, said):
+    """As a user sees it: nothing on stdout, one line on stderr, exit code 2. Bytes are stdin."""
+    stdin = args.pop() if isinstance(args[-1], bytes) else b""
+    code, out, err = cli(*args, input=stdin)
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err and len(err) < 500, err
+
+
+def test_an_empty_prompt_is_its_bos():
+    assert cli("-p", "", "-n", 5)[1] == cli("-p", "-", "-n", 5, input=b"\n")[1] != ""
+
+
+def program(before, *args, **kwargs):
+    """The program as a user runs it, after some lines of Python that bring about a fault."""
+    lines = f"import os, runpy, signal, sys\n{before}\nsys.argv = {['deepseek_v3.py', *map(str, args)]!r}\n"
+    lines += "runpy.run_path('deepseek_v3.py', run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, cwd=HERE, timeout=120, **kwargs)
+
+
+@pytest.mark.parametrize("signal_name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_loading_or_writing_ends_quietly_and_leaves_nothing(tmp_path, signal_name, code):
+    ends = f"(lambda *_, **__: os.kill(os.getpid(), signal.{signal_name}))"
+    done = program(f"import mmap; mmap.mmap = {ends}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+    (tmp_path / "t.npz").write_text("as it was")
+    half = f"import numpy; numpy.savez = lambda file, **_: (file.write(b'half'), file.flush(), {ends}())"
+    done = program(half, "--trace", tmp_path / "t.npz", "-n", 0)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"] and (tmp_path / "t.npz").read_text() == "as it was"
+
+
+def test_a_termination_ends_cleanly_with_the_statistics():
+    command = [sys.executable, "deepseek_v3.py", "-n", "900", "-p", "x"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.read(20)
+        running.terminate()
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 143 and STATISTICS.fullmatch(err.decode())
+
+
+def test_a_full_disk_leaves_no_half_written_trace(tmp_path):
+    (tmp_path / "t.npz").write_text("as it was")
+    limited = f"ulimit -f 8; exec {sys.executable} deepseek_v3.py -n 0 --trace {tmp_path / 't.npz'}"
+    done = subprocess.run(["bash", "-c", limited], cwd=HERE, capture_output=True, timeout=60)
+    assert done.returncode == 2 and b"cannot be written: File too large" in done.stderr
+    assert done.stderr.count(b"\n") == 1 and not done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"] and (tmp_path / "t.npz").read_text() == "as it was"
+
+
+def test_a_terminal_that_is_not_utf8_sees_question_marks():
+    flags = ["-n", 60, "--temp", 9, "--seed", 3]
+    _, whole, _ = cli(*flags)
+    code, out, err = cli(
+        *flags, env={"PYTHONIOENCODING": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    )
+    assert not whole.isascii() and (code, out) == (0, whole.encode("ascii", "replace").decode())
+    assert err.isascii() and " ? new: " in err
+
+
+def test_neither_home_nor_writable_weights_are_needed(tmp_path):
+    shutil.copytree(WEIGHTS, tmp_path / "w", ignore=shutil.ignore_patterns("vectors"))
+    for path in (*(tmp_path / "w").iterdir(), tmp_path / "w"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()}
+    command = ["env", "-i", sys.executable, str(HERE / "deepseek_v3.py"), "-n", "5", "--weights", str(tmp_path / "w")]
+    done = subprocess.run(command, cwd="/", capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.decode()) == (0, cli("-n", 5)[1])
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()} == before
+    (tmp_path / "w").chmod(0o755)
+
+
+def test_weights_replaced_under_the_program_are_read_as_they_were(tmp_path, small):
+    shutil.copytree(small, tmp_path / "w")
+    command = [sys.executable, "deepseek_v3.py", "--weights", str(tmp_path / "w"), "--tokens", "1 2 3", "-n", "100",
+               "--memory", "0", "--dtype", "float64"]  # fmt: skip
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as running:
+        begun = running.stdout.read(10)
+        write_checkpoint(tmp_path / "other", SMALL, make_weights(SMALL, 1, np.float32))
+        os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "w" / "model.safetensors")
+        rest, _ = running.communicate(timeout=60)
+    flags = ["--tokens", "1 2 3", "-n", "100", "--dtype", "float64", "--weights"]
+    assert (0, (begun + rest).decode()) == cli(*flags, small)[:2]
+    assert cli(*flags, tmp_path / "w")[1] != (begun + rest).decode()
 
 
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
