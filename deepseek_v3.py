@@ -1090,16 +1090,14 @@ class OnDisk:
         if xp is not np:  # a GPU runs behind as it is, and CuPy uploads through pinned buffers that it uses again
             yield from map(self.rows, parts)
             return
-        waiting, (pool, spare) = deque(), _threads()
-        for part in itertools.chain(parts, itertools.repeat(None)):
+        parts, waiting, (pool, spare) = iter(parts), deque(), _threads()
+        while (part := next(parts, None)) or waiting:
             if part:
                 shape = part.stop - part.start, *self.shape[1:]
                 size = math.prod(shape)
                 buffer = spare.pop() if spare and spare[-1].size >= size else np.empty(max(size, BAND), np.float32)
                 out = buffer[:size].reshape(shape)
                 waiting.append((buffer, pool.submit(self.rows, part, out)))
-            elif not waiting:
-                return
             if len(waiting) > os.cpu_count() or not part:
                 buffer, band = waiting.popleft()
                 yield band.result()

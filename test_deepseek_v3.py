@@ -1143,6 +1143,12 @@ def test_the_memory_given_changes_no_bit(tmp_path, monkeypatch):
     assert all(each == seen[0] for each in seen)
 
 
+def test_no_memory_where_the_system_cannot_take_back_pages(small, monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_DONTNEED", raising=False)  # as on Windows
+    w = [dsv3.Checkpoint(small, SMALL, np.float64, memory) for memory in (0, None)]
+    assert generated([[1, 2]], w[0], SMALL, 5) == generated([[1, 2]], w[1], SMALL, 5)
+
+
 def test_what_is_used_most_stays_in_memory(small):
     """Of tensors used in turn, always the same stay; one that is used more often takes the place of another."""
     names = [f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in range(8)]
@@ -1704,6 +1710,27 @@ def test_sampling_out_of_range_is_refused(bad):
         dsv3.Sampling(**bad)
 
 
+def test_a_prompt_may_fill_the_context_to_its_last_position():
+    dsv3.check_prompts([[1] * 500, [0]], SMALL, 12)
+    dsv3.check_prompts([[30]], SMALL, 0)
+
+
+def test_all_tokens_stay_in_even_those_that_rounding_hides():
+    p = dsv3.distribution(np.array([0.0, -40.0]), dsv3.Sampling(1.0))
+    assert p[0] == 1 and p[1] == np.exp(-40)
+
+
+def test_peak_memory_where_the_system_has_no_proc(monkeypatch):
+    monkeypatch.setattr(dsv3, "_number", lambda *_: None)
+    usage = types.SimpleNamespace(RUSAGE_SELF=7, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3000 + who))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    for system, unit in (("linux", 1024), ("darwin", 1)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert dsv3._peak_memory() == 3007 * unit
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert dsv3._peak_memory() == 0
+
+
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(dsv3.InputError, match="not finite"):
         dsv3.distribution(np.array([0, np.nan]), dsv3.Sampling())
@@ -2132,6 +2159,23 @@ def test_a_bad_request_is_one_line_and_exit_code_2(small, capsys, args, said):
     assert out == "" and err.count("\n") == 1 and said in err
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(dsv3.InputError, match="pip install jinja2"):
+        dsv3.Text.render(types.SimpleNamespace(chat_template="x"), [])
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert dsv3.main([]) == 2
+    assert "pip install tokenizers, or give --tokens" in capsys.readouterr().err
+
+
+def test_what_has_no_place_in_the_model_is_noted(tmp_path, capsys):
+    w = make_weights(SMALL, dtype=np.float32) | {"more\x1b[31m\n": np.zeros(1)}
+    write_checkpoint(tmp_path / "w", SMALL, w)
+    assert dsv3.main(["--weights", str(tmp_path / "w"), "--tokens", "1", "-n", "0"]) == 0
+    err = capsys.readouterr().err
+    assert "note: 1 tensors have no place in the model" in err and r"'more\x1b[31m\n'" in err and err.count("\n") == 2
+
+
 def test_text_without_a_tokenizer_points_to_token_ids(small, capsys):
     assert dsv3.main(["--weights", str(small), "--prompt", "x"]) == 2
     assert "--tokens" in capsys.readouterr().err
@@ -2217,6 +2261,10 @@ def test_each_reason_for_having_no_gpu_is_one_line_and_auto_takes_the_cpu(monkey
     with pytest.raises(dsv3.InputError, match=re.escape(said)) as refusal:
         dsv3.choose_device("gpu")
     assert "\n" not in str(refusal.value)
+    runtime.getDeviceCount, runtime.getDeviceProperties = lambda: 1, lambda _: {"name": b"a card"}
+    cupy.ones = np.ones  # and none: a kernel and a product run
+    if not isinstance(answer, ImportError):
+        assert dsv3.choose_device("auto") == dsv3.choose_device("gpu") == (cupy, "gpu: a card")
 
 
 # ---- The shipped checkpoint ------------------------------------------------------------------------------------------
@@ -2808,7 +2856,7 @@ def test_a_termination_ends_cleanly_with_the_statistics():
 
 def test_a_full_disk_leaves_no_half_written_trace(tmp_path):
     (tmp_path / "t.npz").write_text("as it was")
-    limited = f"ulimit -f 8; exec {sys.executable} deepseek_v3.py -n 0 --trace {tmp_path / 't.npz'}"
+    limited = f"ulimit -f 999; exec {sys.executable} deepseek_v3.py -n 0 -p '{'x ' * 300}' --trace {tmp_path / 't.npz'}"
     done = subprocess.run(["bash", "-c", limited], cwd=HERE, capture_output=True, timeout=60)
     assert done.returncode == 2 and b"cannot be written: File too large" in done.stderr
     assert done.stderr.count(b"\n") == 1 and not done.stdout
