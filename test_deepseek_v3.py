@@ -2960,6 +2960,33 @@ def test_any_number_of_threads_tells_the_same_story(shipped):
         assert len(told) == 1
 
 
+@pytest.mark.long
+def test_ten_thousand_tokens_in_flat_memory(shipped):
+    """Twenty requests of 500 tokens, sampled with drafts, each on the end of the text before it; the last one is the
+    second again and must give the same tokens by as many calls. Once two are through, memory may grow by 1 MB."""
+    w, cfg, text = shipped
+    first = text.encode("Once upon a time")
+    prompts, made, calls, seconds, memory = [first], [], [], [], []
+    for n in range(20):
+        counted, begun = Counter(), time.process_time()
+        if n in (1, 19):
+            sys.setprofile(lambda frame, event, _, counted=counted: counted.update([(event, frame.f_code.co_filename)]))
+        try:
+            made += generated([prompts[n]], w, cfg, 500, dsv3.Sampling(0.8, seed=7))
+        finally:
+            sys.setprofile(None)
+        seconds.append(time.process_time() - begun)
+        calls.append(counted["call", dsv3.__file__])
+        memory.append(dsv3._number("/proc/self/status", r"VmRSS:\s*(\d+) kB"))
+        prompts.append(prompts[1] if n == 18 else first[:1] + made[-1][-200:])
+    rates = [1000 / sum(seconds[part]) for part in (slice(2, 4), slice(-3, -1))]
+    print(f"{sum(map(len, made))} tokens, {rates[0]:.0f} a CPU second at first and {rates[1]:.0f} at last, "
+          f"{memory[1] / 1000:.1f} MB after the first tenth and {memory[-1] / 1000:.1f} MB at the end")  # fmt: skip
+    assert sum(map(len, made)) == 10_000 and len(set(map(tuple, made))) == 19
+    assert made[-1] == made[1] and calls[-1] == calls[1] > 10_000
+    assert memory[-1] - memory[1] <= 1000
+
+
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
 # pytest -m benchmark -s: ratios of medians, both sides of each taken in turn in one run; no time is asserted.
 
