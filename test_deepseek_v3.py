@@ -1143,6 +1143,24 @@ def test_the_memory_given_changes_no_bit(tmp_path, monkeypatch):
     assert all(each == seen[0] for each in seen)
 
 
+@pytest.mark.parametrize("rows, columns", [(1, 1), (576, 7168), (586, 7168), (18432, 7168), (300, 40_000), (129280, 9)])
+def test_bands_are_of_whole_blocks_and_of_a_bounded_size(rows, columns):
+    heights = [len(band) for band in dsv3.bands(np.broadcast_to(np.float32(0), (rows, columns)))]
+    assert sum(heights) == rows and all(height % dsv3.BLOCK == 0 for height in heights[:-1])
+    assert max(heights) * columns <= max(dsv3.BAND, dsv3.BLOCK * columns)
+    assert len(heights) == 1 or 2 * heights[0] * columns > dsv3.BAND  # and not needlessly small
+
+
+def test_the_pages_taken_back_are_those_of_the_tensor_alone():
+    def place(data, **more):
+        return types.SimpleNamespace(ctypes=types.SimpleNamespace(data=data), **more)
+
+    told, page = [], mmap.PAGESIZE
+    whole = place(16, base=types.SimpleNamespace(obj=types.SimpleNamespace(madvise=lambda *args: told.append(args))))
+    dsv3._forget(place(16 + 5 * page + 100, nbytes=3 * page, base=whole))
+    assert told == [(mmap.MADV_DONTNEED, 5 * page, 3 * page + 100)]
+
+
 def test_no_memory_where_the_system_cannot_take_back_pages(small, monkeypatch):
     monkeypatch.delattr(mmap, "MADV_DONTNEED", raising=False)  # as on Windows
     w = [dsv3.Checkpoint(small, SMALL, np.float64, memory) for memory in (0, None)]
@@ -1687,6 +1705,14 @@ def test_no_new_tokens_is_only_a_forward_pass():
     stats = dsv3.Stats()
     assert generated([[1, 2, 3]], make_weights(SMALL), SMALL, 0, stats=stats) == [[]]
     assert (stats.prompt_tokens, stats.new_tokens) == (3, 0) and stats.cache_bytes > 0
+    assert STATISTICS.fullmatch(dsv3.Stats().line() + "\n") and dsv3.Stats().times is not dsv3.Stats().times
+
+
+@pytest.mark.parametrize("speculate, layers", [(False, 3), (True, 4)])
+def test_the_cache_is_made_once_for_all_positions_and_one_draft_past_the_end(speculate, layers):
+    stats = dsv3.Stats()
+    generated([[1, 2, 3], [4]], make_weights(SMALL), SMALL, 20, speculate=speculate, stats=stats)
+    assert stats.cache_bytes == layers * 2 * (3 + 20 + 1) * (SMALL.kv_lora_rank + SMALL.qk_rope_head_dim) * 8
 
 
 @pytest.mark.parametrize("prompts, n, said", [
