@@ -1174,6 +1174,10 @@ class Checkpoint(Mapping):
         self._kept, self._taken, self._uses = {}, 0, Counter()
         self.stored = stored = _read_shards(directory)
         cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(stored, cfg))
+        layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+        least = 8 * layers + 3 * cfg.n_routed_experts * sum(not cfg.is_dense(layer) for layer in range(layers))
+        _require(least <= len(stored), f"{directory}: config.json describes {least} tensors or more, there are "
+                 f"{len(stored)}; is the download complete, and does config.json belong to it?")  # fmt: skip
         self._shapes = tensor_shapes(cfg)
         if missing := [name for name in self._shapes if name not in stored]:
             raise InputError(f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; "
