@@ -754,7 +754,7 @@ def _parse_json(raw, where):
     def unambiguous(pairs):
         for text in itertools.chain(*pairs):
             if isinstance(text, str):
-                text.encode()  # not so half a surrogate pair
+                text.encode()  # raises for half a surrogate pair
         for key, times in Counter(key for key, _ in pairs).items() if len(dict(pairs)) < len(pairs) else ():
             _require(times == 1, f"the key {key!r:.99} is there twice")
         return dict(pairs)
@@ -952,9 +952,9 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            _require(length <= min(size - 8, LONGEST), f"{path}: no safetensors file, or truncated: a header of "
-                     f"{length} bytes does not fit in {size}; download it again")  # fmt: skip
+            length, most = int.from_bytes(file.read(8), "little"), min(size - 8, LONGEST)
+            _require(length <= most, f"{path}: no safetensors file, or truncated: a header of {length} bytes, where "
+                     f"{max(most, 0)} have room; download it again")  # fmt: skip
             header = _parse_json(file.read(length), f"{path}: the header")
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
     except OSError as e:

@@ -2,6 +2,7 @@
 
     pytest                  all of it, some minutes on two cores
     pytest -k absorbed      one property
+    pytest -m long -s       ten thousand tokens
     pytest -m gpu -s        what a GPU can show: parity, generation, too little memory, speed
 
 Properties run in float64 to TIGHT, relative to the largest value; where float32 has a tolerance of its own, it is
@@ -1341,7 +1342,7 @@ def damaged(directory, how):
     ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
     ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks it"), ("overlap", "neither overlap"),
     ("gap", "nor leave a gap"), ("trailing", "4 bytes follow"), ("twice", "'model.norm.weight' is there twice"),
-    ("metadata", "__metadata__"), ("long", "does not fit"), ("pipe", "no file"), ("link", "link out of"),
+    ("metadata", "__metadata__"), ("long", "where 100000000 have room"), ("pipe", "no file"), ("link", "link out of"),
     ("long config", "too many"), ("linked config", "link out of"), ("layers", "num_hidden_layers"),
     ("experts", "n_routed_experts"), ("more experts", "49192 tensors or more"),
     ("surrogate", "surrogates not allowed"), ("dots", "link out of"),
