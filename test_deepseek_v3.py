@@ -1259,6 +1259,16 @@ def damaged(directory, how):
     elif how == "entry":
         header["model.norm.weight"] = {"dtype": "F32"}
         rewrite(header)
+    elif how == "field":
+        header["model.norm.weight"]["strides"] = [1]
+        rewrite(header)
+    elif how == "list":
+        header["model.norm.weight"] = list(header["model.norm.weight"].values())
+        rewrite(header)
+    elif how == "boolean":  # false, which is 0 to Python
+        (first,) = [entry for name, entry in header.items() if entry["data_offsets"][0] == 0]
+        first["data_offsets"][0] = False
+        rewrite(header)
     elif how == "missing":
         header["x"] = header.pop("model.norm.weight")
         rewrite(header)
@@ -1338,7 +1348,9 @@ def damaged(directory, how):
     ("empty", "truncated"), ("short", "truncated"), ("truncated", "outside the file"), ("length", "truncated"),
     ("binary", "not JSON"), ("array", "JSON object"), ("offsets", "model.norm.weight"), ("size", "model.norm.weight"),
     ("huge", "model.norm.weight"), ("nothing", "model.norm.weight"), ("digits", "not JSON"),
-    ("entry", "model.norm.weight"), ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
+    ("entry", "model.norm.weight"), ("field", "model.norm.weight' is malformed"),
+    ("list", "model.norm.weight' is malformed"), ("boolean", "is malformed"),
+    ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
     ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
     ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks it"), ("overlap", "neither overlap"),
     ("gap", "nor leave a gap"), ("trailing", "4 bytes follow"), ("twice", "'model.norm.weight' is there twice"),
