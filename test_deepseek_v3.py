@@ -2436,8 +2436,9 @@ def test_a_closed_pipe_ends_quietly():
 
 
 def test_an_interrupt_ends_cleanly_with_the_statistics():
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would ignore it  # noqa: E731
     program = subprocess.Popen([sys.executable, "deepseek_v3.py", "-n", "900"], cwd=HERE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+                               stderr=subprocess.PIPE, preexec_fn=heed)  # fmt: skip
     program.stdout.read(20)
     program.send_signal(signal.SIGINT)
     _, err = program.communicate(timeout=60)
@@ -2869,7 +2870,8 @@ def test_an_empty_prompt_is_its_bos():
 
 def program(before, *args, **kwargs):
     """The program as a user runs it, after some lines of Python that bring about a fault."""
-    lines = f"import os, runpy, signal, sys\n{before}\nsys.argv = {['deepseek_v3.py', *map(str, args)]!r}\n"
+    lines = "import os, runpy, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    lines += f"{before}\nsys.argv = {['deepseek_v3.py', *map(str, args)]!r}\n"
     lines += "runpy.run_path('deepseek_v3.py', run_name='__main__')"
     return subprocess.run([sys.executable, "-c", lines], capture_output=True, cwd=HERE, timeout=120, **kwargs)
 
