@@ -2137,7 +2137,7 @@ def test_token_ids_in_token_ids_out_and_one_line_of_statistics(small, capsys):
     out, err = capsys.readouterr()
     expected = generated(prompts, dsv3.Checkpoint(small, SMALL, np.float64), SMALL, 7)
     assert out == "".join(" ".join(map(str, row)) + "\n" for row in expected)
-    assert STATISTICS.fullmatch(err)
+    assert STATISTICS.fullmatch(err) and 10 < int(re.search(r"peak memory (\d+) MB", err)[1]) < 100_000
 
 
 def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
