@@ -2131,6 +2131,14 @@ def cli(*args, **kwargs):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+def invocation(*args, before=""):
+    """What runs the program after some lines of Python, such as bring about a fault. It heeds Ctrl-C, even where the
+    tests are a job in the background, which would not."""
+    lines = "import os, runpy, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    lines += f"{before}\nsys.argv = {['deepseek_v3.py', *map(str, args)]!r}\n"
+    return [sys.executable, "-c", lines + "runpy.run_path('deepseek_v3.py', run_name='__main__')"]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A checkpoint directory of SMALL in float32, without a tokenizer."""
@@ -2443,9 +2451,7 @@ def test_a_closed_pipe_ends_quietly():
 
 
 def test_an_interrupt_ends_cleanly_with_the_statistics():
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would ignore it  # noqa: E731
-    program = subprocess.Popen([sys.executable, "deepseek_v3.py", "-n", "900"], cwd=HERE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, preexec_fn=heed)  # fmt: skip
+    program = subprocess.Popen(invocation("-n", 900), cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.read(20)
     program.send_signal(signal.SIGINT)
     _, err = program.communicate(timeout=60)
@@ -2875,24 +2881,17 @@ def test_an_empty_prompt_is_its_bos():
     assert cli("-p", "", "-n", 5)[1] == cli("-p", "-", "-n", 5, input=b"\n")[1] != ""
 
 
-def program(before, *args, **kwargs):
-    """The program as a user runs it, after some lines of Python that bring about a fault."""
-    lines = "import os, runpy, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    lines += f"{before}\nsys.argv = {['deepseek_v3.py', *map(str, args)]!r}\n"
-    lines += "runpy.run_path('deepseek_v3.py', run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", lines], capture_output=True, cwd=HERE, timeout=120, **kwargs)
-
-
 @pytest.mark.parametrize("signal_name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_loading_or_writing_ends_quietly_and_leaves_nothing(tmp_path, signal_name, code):
     ends = f"(lambda *_, **__: os.kill(os.getpid(), signal.{signal_name}))"
-    done = program(f"import mmap; mmap.mmap = {ends}")
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
-    (tmp_path / "t.npz").write_text("as it was")
     half = f"import numpy; numpy.savez = lambda file, **_: (file.write(b'half'), file.flush(), {ends}())"
-    done = program(half, "--trace", tmp_path / "t.npz", "-n", 0)
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
-    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"] and (tmp_path / "t.npz").read_text() == "as it was"
+    (tmp_path / "t.npz").write_text("as it was")
+    for line in (invocation(before=f"import mmap; mmap.mmap = {ends}"),
+                 invocation("--trace", tmp_path / "t.npz", "-n", 0, before=half)):  # fmt: skip
+        done = subprocess.run(line, capture_output=True, cwd=HERE, timeout=120)
+        assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+        assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+        assert (tmp_path / "t.npz").read_text() == "as it was"
 
 
 def test_a_termination_ends_cleanly_with_the_statistics():
