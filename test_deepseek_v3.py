@@ -2192,6 +2192,13 @@ def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [trace]
 
 
+@pytest.mark.parametrize("theirs", [[[1, 3]], [[2, 4]]])
+def test_experts_of_lower_and_of_higher_ids_are_other_experts(theirs):
+    ours = {"model.layers.0.mlp.gate.indices": np.array([[3, 2]])}
+    assert dsv3.compare(ours, ours)[0]
+    assert not dsv3.compare(ours, {"model.layers.0.mlp.gate.indices": np.array(theirs)})[0]
+
+
 @pytest.mark.parametrize("args, said", [
     (["--no-such-flag"], "--no-such-flag"),
     (["-n", "x"], "-n"),
