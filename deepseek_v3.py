@@ -348,7 +348,7 @@ def rope(x, cos, sin, interleave=True):
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
 # How many scores attention holds at a time (on a GPU 256 times as many): they stay in a core's cache, and memory grows
-# with the context, not with its square. At least FEW queries meet the keys at a time, since all keys are read each time.
+# with the context, not with its square. At least FEW queries meet the keys at a time, as all keys are read each time.
 SCORES, FEW = 2**18, 64
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
@@ -1453,9 +1453,7 @@ def check_prompts(prompts, cfg, max_tokens):
     for n, prompt in enumerate(prompts):
         _require(len(prompt), f"prompt {n} is empty: it needs at least one token")
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
-        _require(
-            not bad, f"prompt {n}: token id {bad[:1]!s:.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}"
-        )
+        _require(not bad, f"prompt {n}: token id {bad[:1]!s:.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
         _require(len(prompt) + max_tokens <= cfg.max_position_embeddings,
                  f"prompt {n} has {len(prompt)} tokens; with {max_tokens} new ones that is more than the model's "
                  f"{cfg.max_position_embeddings} positions")  # fmt: skip
