@@ -1,4 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.0", "tokenizers>=0.21", "jinja2>=3.1"]
+# ///
 """DeepSeek-V3, the whole model in one file: a specification that runs.
+
+    python deepseek_v3.py     tells a story with the small model beside it; --help lists what else it does
 
 Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
 skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py shows the two equal in float64.
@@ -18,11 +24,12 @@ checkpoint, configuration keys those of its config.json. The symbols in the marg
 Hugging Face transformers 5.23.0, "official" the code in deepseek-ai/DeepSeek-V3, inference/ (commit 9b4e978).
 
 Capital letters at the end of a name are the array's axes: q_BTHX has shape (B, T, H, X). A test runs the program and
-checks them as functions return.
+checks them as functions return. x is the residual stream, or what a layer reads of it (the paper's h_t, u_t); h is a
+state after all layers (h^0, h^k).
 
     of the model (Config)                                         of the call
-    D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch
-    H  num_attention_heads  L  C + R, one row of the cache        T  tokens of each in this call
+    D  hidden_size          C  kv_lora_rank     (paper: d_c)      B  sequences in the batch, its rows
+    H  num_attention_heads  L  C + R, one entry of the cache      T  tokens of each in this call
     N  qk_nope_head_dim     Q  q_lora_rank      (paper: d_c')     S  positions looked at, the cached ones included
     R  qk_rope_head_dim     E  n_routed_experts                   J  key heads: H in MHA, 1 in MQA, between in GQA
     P  R / 2, rotated pairs K  num_experts_per_tok                Z  T H / J, the queries that share a key head
@@ -41,6 +48,7 @@ import math
 import mmap
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -90,13 +98,20 @@ def top_k(score, k):
     """Indices (..., k) of the k largest of the last axis, largest first; among equals the lowest index wins.
 
     The paper does not say how ties fall; unstable choices have made implementations disagree (vLLM #52679 and others).
+
+    >>> top_k(np.array([1.0, 3.0, 2.0, 3.0]), 3)
+    array([1, 3, 2])
     """
     stable = {"stable": True} if getattr(xp, "__name__", "").startswith("jax") else {"kind": "stable"}
     return xp.argsort(-score, axis=-1, **stable)[..., :k]
 
 
 def slices(n, step):
-    """0 to n in slices of step, the last one cropped."""
+    """0 to n in slices of step, the last one cropped.
+
+    >>> slices(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
@@ -170,7 +185,7 @@ class Config:
     num_experts_per_tok: int = 8  # K_r
     scoring_func: str = "sigmoid"  # of the affinities; DeepSeek-V2: softmax
     topk_method: str = "noaux_tc"  # with bias and groups; V2: group_limited_greedy, or greedy, without groups
-    n_group: int = 8
+    n_group: int = 8  # groups of experts, one on each node
     topk_group: int = 4  # M, the nodes a token may be sent to
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5  # not in the paper
@@ -191,7 +206,7 @@ class Config:
 
 
 # ---- 3. Primitives -------------------------------------------------------------------------------------------------
-# Four small functions, and the angles of RoPE, are all that the rest is made of.
+# Matrix products, the norm, the MLP, softmax and the rotation by position are all that the rest is made of.
 
 
 ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
@@ -257,7 +272,11 @@ def softmax(x):
 
 
 def yarn_mscale(factor, mscale):
-    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1)."""
+    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1).
+
+    >>> round(yarn_mscale(40, 1.0), 4)
+    1.3689
+    """
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
@@ -302,7 +321,11 @@ def rope_magnitude(cfg):
 
 def softmax_scale(cfg):
     """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m(mscale_all_dim)^2, which the paper's equations leave out. (The
-    official code takes mscale here, the same number in DeepSeek-V3.)"""
+    official code takes mscale here, the same number in DeepSeek-V3.)
+
+    >>> round(softmax_scale(Config()) * math.sqrt(128 + 64), 4)
+    1.8739
+    """
     yarn = cfg.rope_scaling
     mscale = yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn and yarn.mscale_all_dim else 1
     return (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5 * mscale**2
@@ -324,8 +347,9 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
-SCORES = 2**18  # that attention holds at a time: they stay in the cache of a core (a GPU may hold 256 times as many),
-FEW = 64  # or as many as these queries have, since all keys are read for each lot: memory grows with the context alone
+# How many scores attention holds at a time (on a GPU 256 times as many): they stay in a core's cache, and memory grows
+# with the context, not with its square. At least FEW queries meet the keys at a time, as all keys are read each time.
+SCORES, FEW = 2**18, 64
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
@@ -351,11 +375,11 @@ def positions(start_B, T, cfg, dtype):
 
 
 class Cache:
-    """The latent cache: for each layer one array (B, capacity, L), a row [c_KV ; k_R] for each position, no more.
+    """The latent cache: for each layer one array (B, capacity, L), an entry [c_KV ; k_R] for each position, no more.
 
-    c_KV is the latent after its norm, k_R the key after its rotation. A row's index is its position, and a query sees
-    no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
-    unseen until the next call overwrites it. `tokens[b]` are the tokens for which row b's entries are right; those of
+    c_KV is the latent after its norm, k_R the key after its rotation. An entry's index is its position, and a query
+    sees no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
+    unseen until the next call overwrites it. `tokens[b]` are the tokens whose entries in row b are right; those of
     the MTP module too if all calls speculated, its last one for the token that followed in that call.
     """
 
@@ -408,7 +432,7 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
 
 
 def mla_query(x_BTD, w, name, cfg, at):
-    """Eqs. (6)-(8): the compressed query, normed (section 4.2), then up to all heads -> q_nope_BTHN, and rotated,
+    """Eqs. (6)-(8): the compressed query c_Q, normed (section 4.2), and from it every head's q_nope_BTHN and, rotated,
     q_rope_BTHR."""
     if cfg.q_lora_rank is None:
         q_BTX = linear(x_BTD, w, f"{name}.q_proj")
@@ -452,7 +476,7 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """Computation: the same, and no key is ever expanded.
 
     q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once a token instead of once a cached token. All
-    heads then share the keys [c ; k_R], which is the cache's row as it lies, and the values c: multi-query attention
+    heads then share the keys [c ; k_R], which is the cache's entry as it lies, and the values c: multi-query attention
     with heads of size L, whose result W_UV expands at the end. RoPE could not have moved: its rotation would stand
     between W_UK and the query, and it belongs to the key's position. That is why k_R is decoupled, eq. (3).
     """
@@ -475,7 +499,11 @@ def _per_head(x_BTHX, w_HXY):
 
 def absorbing_is_cheaper(T, S, cfg, B=1):
     """Count the multiplications of both forms for T queries over S keys, a head. Few queries: absorb; many: expand,
-    unless the keys and values of all heads would be too large."""
+    unless the keys and values of all heads would be too large.
+
+    >>> [absorbing_is_cheaper(T, 4096, Config()) for T in (1, 4096)]  # a token, a prompt
+    [True, False]
+    """
     C, R, N, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim
     naive = S * C * (N + V) + T * S * (N + R + V)
     absorbed = T * C * (N + V) + T * S * (C + R + C)
@@ -499,15 +527,15 @@ def mla(x_BTD, w, layer, cfg, at, cache):
 
 
 # ---- 5. DeepSeekMoE (section 2.1.2) --------------------------------------------------------------------------------
-# Each token picks a few experts out of many, and a bias that no gradient touches keeps the picks even.
+# Each token chooses a few experts out of many, and a bias that no gradient touches keeps the choices even.
 
 
 def route(x_BTD, w, name, cfg):
     """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
-    Eq. (15) affinities; eq. (16), in place of (14), selection by affinity plus bias, among the experts of the
-    topk_group groups whose two best biased affinities sum highest; eq. (13) gates from the affinities alone, divided by
-    their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
+    Eq. (15): affinities. Eq. (16), in place of (14): the choice, by affinity plus bias, among the experts of the
+    topk_group groups whose two best biased affinities sum highest. Eq. (13): gates from the affinities alone, divided
+    by their sum if norm_topk_prob, then always times routed_scaling_factor. Experts of the other groups are masked with
     -inf; 0, as in older code, lets them win where the kept ones' biased affinities are negative (DeepSeek-V3 #741).
 
     DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) has softmax affinities, no bias, and groups ranked by their best one.
@@ -537,7 +565,7 @@ def stacked(w, name, part, cfg):
 
 
 def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """Definition, the routed sum of eq. (12) over *all* experts, the gates of the unselected being 0.
+    """Definition, the routed sum of eq. (12) over *all* experts, the gates of those not chosen being 0.
 
     The experts' matrices are laid side by side, so that the sum over experts is part of the last of three large
     products, which is how training runs it. The gate multiplies before W_down instead of after: they commute.
@@ -551,7 +579,7 @@ def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
 
 
 def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """Computation: each selected expert sees only the tokens that chose it."""
+    """Computation: each chosen expert sees only the tokens that chose it."""
     x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).reshape(-1, index_BTK.shape[-1])
     gate_MK = gate_BTK.reshape(index_MK.shape).astype(x_BTD.dtype)
     y_MD = xp.zeros_like(x_MD)
@@ -598,12 +626,20 @@ def expert_load(index_BTK, cfg):
 
 def update_bias(bias_E, load_E, gamma):
     """Balancing without an auxiliary loss, after each training step: down by gamma where overloaded, up where
-    underloaded, sign(0) = 0. As printed (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift."""
+    underloaded, sign(0) = 0. As printed (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift.
+
+    >>> update_bias(np.zeros(4), np.array([4, 2, 1, 1]), gamma=0.001)
+    array([-0.001,  0.   ,  0.001,  0.001])
+    """
     return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype)
 
 
 def max_violation(load_E):
-    """MaxVio = (max load - mean load) / mean load (arXiv:2408.15664, eq. 4); 0 is perfect balance."""
+    """MaxVio = (max load - mean load) / mean load (arXiv:2408.15664, eq. 4); 0 is perfect balance.
+
+    >>> float(max_violation(np.array([4, 2, 1, 1])))
+    1.0
+    """
     return xp.max(load_E) / xp.mean(load_E) - 1
 
 
@@ -730,26 +766,58 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------------------------
-# A directory in the Hugging Face layout: config.json is checked, safetensors are mapped, tensors decoded when used, and
-# kept as long as there is room.
+# Of a directory in the Hugging Face layout config.json is checked, safetensors are mapped, and tensors are decoded when
+# used and kept as long as there is room.
+
+
+LONGEST = 100_000_000  # bytes of JSON that are read, the safetensors library's limit on a header
+
+
+def member(directory, name):
+    """The path of a checkpoint's file. A stranger packed the directory: what is there must be a plain file (a pipe
+    would keep us waiting), and no link may lead out, but to the blobs beside the snapshots in Hugging Face's cache."""
+    path, home = Path(directory) / name, Path(os.path.realpath(directory))
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    inside = any(Path(os.path.realpath(path)).is_relative_to(each) for each in homes)
+    _require(inside, f"{path}: is a link out of its directory; put the file itself there")
+    _require(os.path.isfile(path) or not os.path.exists(path), f"{path}: is no file; put the checkpoint's there")
+    return path
 
 
 def read_json(path):
     """The JSON object in a file; InputError if there is none."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _require(size <= LONGEST, f"{path}: {size} bytes are too many for this file; is it the checkpoint's own?")
+            return _parse_json(file.read(), path)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
+
+
+def _parse_json(raw, where):
+    """The JSON object in some bytes; InputError too where other readers might read another one."""
+
+    def unambiguous(pairs):
+        for text in itertools.chain(*pairs):
+            if isinstance(text, str):
+                text.encode()  # raises for half a surrogate pair
+        for key, times in Counter(key for key, _ in pairs).items() if len(dict(pairs)) < len(pairs) else ():
+            _require(times == 1, f"the key {key!r:.99} is there twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unambiguous)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON: {e}") from None
-    _require(isinstance(value, dict), f"{path}: must be a JSON object")
+        raise InputError(f"{where}: not JSON: {e}; download it again") from None
+    _require(isinstance(value, dict), f"{where}: must be a JSON object; download it again")
     return value
 
 
 def read_config(path):
     """The Config of a config.json, or of a directory that holds one."""
     path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
+    path = member(path, "config.json") if path.is_dir() else path
     keys = read_json(path)
     try:
         return parse_config(keys)
@@ -769,6 +837,11 @@ MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_l
                "moe_intermediate_size", "mscale", "mscale_all_dim")  # fmt: skip
 
 
+def _same(value, expected):
+    """Whether two values are equal in JSON, where true is not 1."""
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
+
+
 def parse_config(keys):
     """The model that a config.json describes, in the release's spelling or in that of transformers 5.
 
@@ -779,21 +852,23 @@ def parse_config(keys):
     given = {key: value for key, value in keys.items() if value is not None}
     model_type = given.get("model_type", "deepseek_v3")
     _require(isinstance(model_type, str) and model_type in FAMILY,
-             f"model_type {model_type!r} is not implemented, only {' or '.join(map(repr, FAMILY))}")  # fmt: skip
+             f"model_type {model_type!r:.99} is not implemented, only {' or '.join(map(repr, FAMILY))}")  # fmt: skip
     for key, allowed in FAMILY[model_type].items():
         value = given.setdefault(key, allowed[0])
-        _require(value in allowed, f"{key} {value!r} is not implemented, only {' or '.join(map(repr, allowed))}")
+        _require(any(_same(value, each) for each in allowed),
+                 f"{key} {value!r:.99} is not implemented, only {' or '.join(map(repr, allowed))}")  # fmt: skip
     if model_type == "deepseek_v2":
         given = V2_DEFAULTS | given
     heads = given.get("num_attention_heads", Config.num_attention_heads)
-    _require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must equal "
+    _require(_same(given.get("num_key_value_heads", heads), heads), "num_key_value_heads must equal "
              "num_attention_heads: MLA expands its latent to keys and values of every head")  # fmt: skip
     quantization = given.get("quantization_config", {})
     _require(isinstance(quantization, dict), "quantization_config must be an object")
     for key, value in {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}.items():
         got = quantization.get(key, value)
-        _require(got == value, f"quantization_config.{key} {got!r} is not implemented, only {value!r}")
-    ropes = [_rope_from_dict(given[key], given) for key in ("rope_parameters", "rope_scaling") if given.get(key)]
+        _require(_same(got, value), f"quantization_config.{key} {got!r:.99} is not implemented, only {value!r}")
+    both = [given[key] for key in ("rope_parameters", "rope_scaling") if given.get(key, {}) != {}]
+    ropes = [_rope_from_dict(rope, given) for rope in both]
     _require(len(ropes) < 2 or ropes[0] == ropes[1], "rope_parameters and rope_scaling contradict each other")
     theta, yarn = ropes[0] if ropes else (given.get("rope_theta", Config.rope_theta), None)
     depths = [given[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in given]
@@ -812,8 +887,8 @@ def _rope_from_dict(rope, given):
     _require(isinstance(rope, dict), "rope_scaling and rope_parameters must be objects or null")
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _require(kind in ("default", "yarn"), f"rope_scaling type {kind!r} is not implemented, only 'yarn' or 'default'")
-    _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor must be 1")
+    _require(kind in ("default", "yarn"), f"rope_scaling type {kind!r:.99} is not implemented, only yarn or default")
+    _require(_same(rope.get("partial_rotary_factor", 1.0), 1.0), "partial_rotary_factor must be 1")
     theta = rope.get("rope_theta", given.get("rope_theta", Config.rope_theta))
     if kind == "default":
         return theta, None
@@ -829,11 +904,14 @@ def check_config(cfg):
         _check_numbers(cfg.rope_scaling)
     for key, known in (("scoring_func", ("sigmoid", "softmax")),
                        ("topk_method", ("noaux_tc", "group_limited_greedy", "greedy"))):  # fmt: skip
-        _require(getattr(cfg, key) in known, f"{key} must be one of {', '.join(known)}, not {getattr(cfg, key)!r}")
+        _require(getattr(cfg, key) in known, f"{key} must be one of {', '.join(known)}, not {getattr(cfg, key)!r:.99}")
+    layers, E = cfg.num_hidden_layers + cfg.num_nextn_predict_layers, cfg.n_routed_experts
+    _require(layers * (3 * E + 20) < 2**19, f"{layers} layers of {E} experts are more than half a million tensors; "
+             "num_hidden_layers or n_routed_experts is wrong")  # fmt: skip
     _require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
     _require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
     if cfg.first_k_dense_replace < cfg.num_hidden_layers or cfg.num_nextn_predict_layers:
-        E, G, kept = cfg.n_routed_experts, cfg.n_group, cfg.topk_group
+        G, kept = cfg.n_group, cfg.topk_group
         _require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
         _require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
         single = G == 1 or cfg.topk_method != "noaux_tc"
@@ -851,12 +929,12 @@ def _check_numbers(settings):
         if value is None and type(None) in get_args(f.type):
             continue
         if kind is bool:
-            _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+            _require(isinstance(value, bool), f"{name} must be true or false, not {value!r:.99}")
         elif kind in (int, float):
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            least, what = "0 or more" if name in MAY_BE_ZERO else "above 0", "integer" if kind is int else "number"
-            fits = number and (0 < value < 2**40 or (value == 0 and name in MAY_BE_ZERO))
-            _require(fits, f"{name} must be {'an' if kind is int else 'a'} {what} {least}, not {value!r}")
+            what, zero = "an integer from 1" if kind is int else "a number from 1e-12", name in MAY_BE_ZERO
+            fits = number and (1e-12 <= value <= 1e12 or (value == 0 and zero))
+            _require(fits, f"{name} must be {what} to 1e12{', or 0' if zero else ''}, not {value!r:.99}")
 
 
 def tensor_shapes(cfg):
@@ -904,46 +982,67 @@ def tensor_shapes(cfg):
 BLOCK = 128  # an FP8 weight has one float32 scale for each block of 128 x 128, the last of a row or column cropped
 BAND = 2**22  # elements, 16 MB in float32: what is decoded and multiplied at a time; on a GPU 64 times as many
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BOOL": 8} | {  # an element's, of all dtypes of the format
+    name: int(re.search(r"\d+", name)[0]) for name in (*STORED, "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+                                                       "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+}  # fmt: skip
 
 
 def read_safetensors(path):
     """A file's tensors, name -> (dtype, array over the mapped bytes); BF16 as uint16 and F8_E4M3 as uint8.
 
     The format: 8 bytes, the header's length n as little-endian; n bytes of JSON, {name: {dtype, shape, data_offsets}};
-    the raw tensors, row by row. A tensor of a dtype that no weight has is left as its bytes.
+    the raw tensors, row by row, without a gap. A tensor of a dtype that no weight has is left as its bytes.
+
+    The mapped file may be replaced, by renaming; one shortened where it lies ends the program (SIGBUS).
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            _require(size >= 8 and length <= size - 8, f"{path}: truncated: its header does not fit in {size} bytes")
-            header = json.loads(file.read(length).decode("utf-8"))
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            length, most = int.from_bytes(file.read(8), "little"), min(size - 8, LONGEST)
+            _require(length <= most, f"{path}: no safetensors file, or truncated: a header of {length} bytes, where "
+                     f"{max(most, 0)} have room; download it again")  # fmt: skip
+            header = _parse_json(file.read(length), f"{path}: the header")
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise e if isinstance(e, InputError) else InputError(f"{path}: the header is not JSON: {e}") from None
-    _require(isinstance(header, dict), f"{path}: the header must be a JSON object")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    sound = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    _require(sound, f"{path}: the header's __metadata__ must be an object of strings; download it again")
     header.pop("__metadata__", None)
-    data, tensors = mapped[8 + length :], {}
     for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) and begin <= end <= data.size
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        sound = sound and len(shape) < 9 and math.prod(n or 1 for n in shape) < 2**48
-        _require(sound, f"{path}: the header's entry for {name!r} is malformed or outside the file")
-        tensors[name] = dtype, data[begin:end]
-        if dtype in STORED:
-            needed = math.prod(shape) * np.dtype(STORED[dtype]).itemsize
-            _require(end - begin == needed, f"{path}: {name!r} has {end - begin} bytes, its shape needs {needed}")
-            tensors[name] = dtype, tensors[name][1].view(STORED[dtype]).reshape(shape)
+        _require(_is_entry(entry), f"{path}: the header's entry for {name!r:.99} is malformed; it must be a dtype, "
+                 "a shape that an array can have and two data_offsets; download it again")  # fmt: skip
+    tensors, at = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        where, bits = f"{path}: {name!r:.99}, bytes {begin} to {end} of the data,", math.prod(shape) * BITS[dtype]
+        _require(begin == at, f"{where} must begin at {at}: tensors neither overlap nor leave a gap; download it again")
+        _require(8 * (end - begin) == bits, f"{where} must have the {bits / 8:.9g} of its shape; download it again")
+        _require(end <= data.size, f"{where} is outside the file, whose data has {data.size}; download it again")
+        stored, at = data[begin:end], end
+        tensors[name] = dtype, stored.view(STORED[dtype]).reshape(shape) if dtype in STORED else stored
+    _require(at == data.size, f"{path}: {data.size - at} bytes follow the last tensor; download it again")
     return tensors
 
 
+def _is_entry(entry):
+    """Whether a header's entry has the form that it must have, with numbers that NumPy's arrays can have."""
+    if not isinstance(entry, dict) or sorted(entry) != ["data_offsets", "dtype", "shape"]:
+        return False
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= 64 and len(offsets) == 2
+    if not lists or any(type(n) is not int or not 0 <= n < 2**60 for n in (*shape, *offsets)):
+        return False
+    return isinstance(dtype, str) and dtype in BITS and math.prod(n or 1 for n in shape) < 2**60
+
+
 def e4m3_values():
-    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN."""
+    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN.
+
+    >>> e4m3_values()[[0x00, 0x38, 0x39, 0x7E, 0x7F, 0xC0]].tolist()
+    [0.0, 1.0, 1.125, 448.0, nan, -2.0]
+    """
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, (code & 7) / 8
     value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
@@ -1042,16 +1141,14 @@ class OnDisk:
         if xp is not np:  # a GPU runs behind as it is, and CuPy uploads through pinned buffers that it uses again
             yield from map(self.rows, parts)
             return
-        waiting, (pool, spare) = deque(), _threads()
-        for part in itertools.chain(parts, itertools.repeat(None)):
+        parts, waiting, (pool, spare) = iter(parts), deque(), _threads()
+        while (part := next(parts, None)) or waiting:
             if part:
                 shape = part.stop - part.start, *self.shape[1:]
                 size = math.prod(shape)
                 buffer = spare.pop() if spare and spare[-1].size >= size else np.empty(max(size, BAND), np.float32)
                 out = buffer[:size].reshape(shape)
                 waiting.append((buffer, pool.submit(self.rows, part, out)))
-            elif not waiting:
-                return
             if len(waiting) > os.cpu_count() or not part:
                 buffer, band = waiting.popleft()
                 yield band.result()
@@ -1116,18 +1213,22 @@ class Checkpoint(Mapping):
     are members, each checked for its presence and shape now; those of absent MTP modules are not. `unused` lists what
     the files hold beyond that. `{layer}.mlp.experts.{part}_proj.weight` is that part of all experts, stacked.
 
-    memory: bytes that decoded tensors may take, by default 70 % of what is free. What finds no room is decoded at each
-    use. A tensor stays if there is room, or in the room of others that were used less
-    often. So of layers walked through in turn always the same ones stay (keeping the latest would keep none), and of
-    experts those that are often chosen. Raises InputError.
+    memory: bytes that decoded tensors may take, by default 70 % of what is free. A tensor stays if there is room, or
+    in the place of others used less often; one that finds none is decoded at each use. So of layers walked through in
+    turn always the same ones stay (keeping the latest would keep none), and of experts those that are often chosen.
+    Raises InputError.
     """
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
-        directory, self.dtype = Path(directory), np.dtype(dtype)
+        self.directory, self.dtype = directory, np.dtype(dtype)
         self.memory = 0.7 * free_memory() if memory is None else memory
         self._kept, self._taken, self._uses = {}, 0, Counter()
         self.stored = stored = _read_shards(directory)
         cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(stored, cfg))
+        layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+        least = 8 * layers + 3 * cfg.n_routed_experts * sum(not cfg.is_dense(layer) for layer in range(layers))
+        _require(least <= len(stored), f"{directory}: config.json describes {least} tensors or more, there are "
+                 f"{len(stored)}; is the download complete, and does config.json belong to it?")  # fmt: skip
         self._shapes = tensor_shapes(cfg)
         if missing := [name for name in self._shapes if name not in stored]:
             raise InputError(f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; "
@@ -1166,12 +1267,20 @@ class Checkpoint(Mapping):
         (dtype, stored), wanted = self.stored[name], self._dtype(name)
         if xp is np and stored.dtype == wanted:
             return stored
-        scale = decode(*self.stored[f"{name}_scale_inv"]) if dtype == "F8_E4M3" else None
+        scale = decode(*self._scale(name)) if dtype == "F8_E4M3" else None
         tensor = OnDisk(self.stored[name], scale, wanted)
         if self._make_room(name, stored.size * wanted.itemsize):
             self._kept[name] = tensor.whole()
             return self._kept[name]
         return tensor if stored.ndim == 2 and ".mlp.gate." not in name else tensor.whole()
+
+    def _scale(self, name):
+        """The stored scales of an FP8 matrix, checked as they are read. As integers, the floats from 0 to 2^119, with
+        which the largest code, 448, is still finite, are those up to its own bits."""
+        dtype, stored = self.stored[f"{name}_scale_inv"]
+        sound = (stored.view(f"<u{stored.itemsize}") <= (0x7B000000 if dtype == "F32" else 0x7B00)).all()
+        _require(sound, f"{self.directory}: {name}_scale_inv must be from 0 to 6e35 throughout; download it again")
+        return dtype, stored
 
     def _dtype(self, name):
         """That of a decoded tensor: the routers' are float32 or better."""
@@ -1213,22 +1322,26 @@ class Checkpoint(Mapping):
 def _read_shards(directory):
     """All tensors of a directory. The index, if there is one, says which file holds which; a weight and its scale may
     lie in different files."""
-    index = directory / "model.safetensors.index.json"
+    index = member(directory, "model.safetensors.index.json")
     if not index.exists():
-        return read_safetensors(directory / "model.safetensors")
+        return read_safetensors(member(directory, "model.safetensors"))
     weight_map = read_json(index).get("weight_map")
-    _require(isinstance(weight_map, dict) and weight_map, f"{index}: lacks weight_map")
+    _require(isinstance(weight_map, dict) and weight_map, f"{index}: lacks weight_map, which tensor is in which file")
     for shard in weight_map.values():
-        _require(isinstance(shard, str) and Path(shard).name == shard, f"{index}: {shard!r} is no plain file name")
-    shards = {shard: read_safetensors(directory / shard) for shard in sorted(set(weight_map.values()))}
+        plain = isinstance(shard, str) and shard.isprintable() and os.path.basename(shard) == shard
+        _require(plain, f"{index}: {shard!r:.99} is no plain file name; shards lie beside the index")
+    shards = {shard: read_safetensors(member(directory, shard)) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
-        _require(name in shards[shard], f"{directory / shard}: lacks {name}, which {index.name} places there")
+        _require(name in shards[shard], f"{index}: places {name!r:.99} in {shard}, which lacks it; download both again")
+    for shard, tensors in shards.items():
+        twice = next((name for name in tensors if weight_map.get(name, shard) != shard), None)
+        _require(twice is None, f"{index}: {shard} too has {twice!r:.99}, beside the file that has it by the index")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 # ---- 9. Generation -------------------------------------------------------------------------------------------------
-# One loop: feed what is new, choose the next token, let the MTP module guess the one after; verify the guess next time.
-# At the end the trace, by which a port is checked.
+# One loop feeds what is new, chooses the next token, has the MTP module draft the one after, and verifies the draft
+# next time; the trace of one pass is what a port is checked by.
 
 CHUNK = 512  # tokens of a prompt that go through the model at once, which bounds the memory for activations
 
@@ -1286,7 +1399,11 @@ def _peak_memory():
 
 def distribution(logits_W, sampling):
     """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then top-k, then top-p (of
-    what top-k left, the fewest likeliest tokens that reach it). Among equals the lowest id comes first."""
+    what top-k left, the fewest likeliest tokens that reach it). Among equals the lowest id comes first.
+
+    >>> distribution(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1.0, top_p=0.6)).round(3)
+    array([0.   , 0.625, 0.375])
+    """
     logits_W = logits_W.astype(np.float64)
     _require(np.isfinite(logits_W).all(), "the model's logits are not finite: the weights or the dtype overflow")
     if sampling.temperature == 0:
@@ -1336,7 +1453,7 @@ def check_prompts(prompts, cfg, max_tokens):
     for n, prompt in enumerate(prompts):
         _require(len(prompt), f"prompt {n} is empty: it needs at least one token")
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
-        _require(not bad, f"prompt {n}: token id {bad[:1]} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
+        _require(not bad, f"prompt {n}: token id {bad[:1]!s:.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
         _require(len(prompt) + max_tokens <= cfg.max_position_embeddings,
                  f"prompt {n} has {len(prompt)} tokens; with {max_tokens} new ones that is more than the model's "
                  f"{cfg.max_position_embeddings} positions")  # fmt: skip
@@ -1577,7 +1694,12 @@ def _changed(w, part, change):
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------------------------
-# python deepseek_v3.py --prompt "Once upon a time". Text goes to stdout, everything else to stderr.
+# Text goes to stdout, everything else to stderr, and what cannot be done is refused in one line.
+
+
+OPENING = "Once upon a time"  # the prompt where none is given
+WHAT_ELSE = """what else: --prompt "Tom had a kite" goes on from there, --temperature 0.7 --seed 1 tells it differently,
+--weights DIR runs another checkpoint, --inspect counts parameters and cache, --help lists all flags"""
 
 
 def choose_device(wanted):
@@ -1761,6 +1883,7 @@ def check_writable(path):
 
 
 def read_npz(path):
+    """The arrays of an .npz file, by name; InputError if it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -1771,11 +1894,14 @@ def read_npz(path):
 
 
 class Parser(argparse.ArgumentParser):
+    """Refuses in one line, as everything else does."""
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
 
 def parse_arguments(argv):
+    """The flags, with what argparse does not check: ranges, and which exclude each other."""
     parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy; without arguments, a story.")
     add = parser.add_argument
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - is stdin; repeatable")
@@ -1791,7 +1917,7 @@ def parse_arguments(argv):
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): the GPU if there is one")
     add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
     add("--memory", type=float, metavar="GB", help="for decoded weights; default: 70%% of what is free")
-    add("--mtp", action=argparse.BooleanOptionalAction, help="decode with speculation (default: where it is faster)")
+    add("--mtp", action=argparse.BooleanOptionalAction, help="generate with speculation (default: where it is faster)")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
     add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs, and the mistake if "
@@ -1815,14 +1941,18 @@ def read_prompt(text):
 
 
 def read_ids(text):
+    """A --tokens: integers, separated by spaces or commas."""
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
-        raise InputError(f"--tokens takes integers separated by spaces, not {text!r}") from None
+        raise InputError(f"--tokens takes integers separated by spaces, not {text!r:.99}") from None
 
 
 def say(text, end="\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
+    """Print to stderr, at once."""
+    with contextlib.suppress(OSError):  # a stderr that is full: there is nowhere to say so
+        if sys.stderr:  # None: it is closed, and print would take stdout
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -1857,7 +1987,7 @@ class Session:
 
     def progress(self, done, tokens):
         """How far a long prompt is, on a line that is taken back at its end; only where someone watches."""
-        if tokens > 2 * CHUNK and sys.stderr.isatty():
+        if tokens > 2 * CHUNK and sys.stderr and sys.stderr.isatty():
             say(f"\rprompt: {done:,} of {tokens:,} tokens" if done < tokens else "\r\033[K", end="")
 
     def printer(self, rows):
@@ -1896,17 +2026,15 @@ def run(args):
     text = None if args.tokens else Text(args.weights)
     w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
     if w.unused:
-        say(f"note: {len(w.unused)} tensors have no place in the model and stay unread: {w.unused[0]} ...")
+        say(f"note: {len(w.unused)} tensors have no place in the model and stay unread: {w.unused[0]!r:.99} ...")
     speculate = speculation_pays(cfg) if args.mtp is None else args.mtp
     if args.mtp is None and not speculate and mtp_depth(w, cfg):
-        say(
-            "note: decoding without speculation, which does not pay on NumPy in a model of this size; --mtp turns it on"
-        )
+        say("note: no speculation, which does not pay on NumPy in a model of this size; --mtp turns it on")
     session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, speculate)
     if args.chat:
         session.converse(args.prompt)
         return 0
-    texts = args.prompt or ["Once upon a time"]
+    texts = args.prompt or [OPENING]
     prompts = [read_ids(ids) for ids in args.tokens] or [text.encode(read_prompt(t)) for t in texts]
     check_prompts(prompts, cfg, args.max_tokens)
     agree = True
@@ -1918,7 +2046,12 @@ def run(args):
         if theirs is not None:
             agree, verdict = compare(ours, theirs, mistakes=lambda name: known_mistakes(name, ours, prompts, w, cfg))
             say(f"{args.compare}: {verdict}")
+    asked = args.prompt or args.tokens
+    if not asked:
+        print(OPENING, end="", flush=True)
     session.make(prompts)
+    if not asked:
+        say(WHAT_ELSE)
     return 0 if agree else 1
 
 
@@ -1950,4 +2083,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, as Ctrl-C does: no half-written file is left
     sys.exit(main())

@@ -461,9 +461,8 @@ def make_losses(case):
         for k in range(1, depth + 1):  # state i of module k predicts token i + k + 1
             logits = arrays[f"model.layers.{layers + k - 1}.shared_head"]
             of_depth[k - 1] += sum(cross_entropy(logits[i], row[i + k + 1]) for i in range(T - k)) / T / B
-        for name in arrays:
+        for name, scores in arrays.items():
             if name.endswith(".gate.scores"):
-                scores = arrays[name]
                 best = [sorted(range(E), key=lambda i: -s[i])[:K] for s in scores]
                 for i in range(E):
                     f = E / (K * len(scores)) * sum(i in chosen for chosen in best)
