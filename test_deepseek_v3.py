@@ -1490,7 +1490,7 @@ def test_at_the_width_of_the_671b_model(tmp_path, mtp):
         pytest.skip(f"needs {1.2 * stored / 1e9:.0f} GB of disk at {tmp_path} (--basetemp DIR elsewhere)")
     try:
         true_width(tmp_path, cfg)
-        command = ["--weights", str(tmp_path), "--tokens", "1 2 3 4 5", "--memory", "6", "-n", "5"]
+        command = ["--weights", str(tmp_path), "--tokens", "1 2 3 4 5", "--memory", "6", "-n", "5", "--mtp"]
         code, out, err = cli(*command)
         print("\n" + err, end="")
         assert code == 0 and len(out.split()) == 5
