@@ -311,6 +311,15 @@ def test_products_of_every_form_are_one(shape):
         assert_close(dsv3.product(x, w), np.einsum("...mx,...yx->...my", x, w), 1e-12)
 
 
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("shape", [(3, 7, 5), (4, 128, 130)])
+def test_each_head_has_a_matrix_of_its_own(tokens, shape):
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal(shape), rng.standard_normal((*tokens, *shape[:2]))
+    each = [x[:, :, h] @ w[h] for h in range(len(w))]
+    assert_close(dsv3._per_head(x, w), np.stack(each, axis=2), 1e-12)
+
+
 def test_batched_products_go_in_pieces_too():
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, 3, 4, 1000)), rng.standard_normal((2, 3, 600, 1000))
@@ -2751,6 +2760,18 @@ def mistakes_table():
         rows.setdefault(where, []).append(f"{mark}{what}{mark} ({' '.join(f'`{vector}`' for vector in vectors)})")
     table = [f"| `{where}` | {'; '.join(mistakes)} |\n" for where, mistakes in rows.items()]
     return "".join(["| found at | mistakes, and the vectors that catch them |\n", "|---|---|\n", *table])
+
+
+def test_no_mistake_in_yarn_is_suspected_where_there_is_none():
+    cfg = replace(SMALL, rope_scaling=None)
+    w, prompts = make_weights(cfg), [[3, 1, 4, 1, 5]]
+    ours = dsv3.trace(prompts, w, cfg)
+    name = "model.layers.0.self_attn"
+    mistakes = dict(dsv3.known_mistakes(name, ours, prompts, w, cfg))
+    assert not any(re.search("YaRN|mscale", what) for what in mistakes)
+    wrong = mistakes["the heads of kv_b_proj were [v ; k]"]
+    _, verdict = dsv3.compare(ours, {name: wrong[name]}, mistakes=lambda name: mistakes.items())
+    assert verdict.endswith("as if the heads of kv_b_proj were [v ; k]")
 
 
 def test_the_readme_lists_the_planted_mistakes():
