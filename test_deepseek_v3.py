@@ -3255,6 +3255,15 @@ def test_fuzzed_safetensors_are_read_or_refused_as_the_safetensors_library_does(
         assert dtype not in dsv3.STORED or list(stored.shape) == theirs[name]["shape"]
 
 
+@pytest.mark.parametrize("dtype", sorted(dsv3.BITS))
+def test_every_dtype_has_the_size_that_the_safetensors_library_gives_it(tmp_path, dtype):
+    size = dsv3.BITS[dtype]  # bytes of eight elements
+    header = json.dumps({"x": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    ((name, entry),) = safetensors.deserialize((tmp_path / "x").read_bytes())
+    assert dsv3.read_safetensors(tmp_path / "x")[name][0] == entry["dtype"] == dtype
+
+
 def tensors_by_the_library(directory):
     """The decoded tensors of a directory of shards, by safetensors and ml_dtypes alone."""
     stored, kinds = {}, {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
