@@ -225,7 +225,7 @@ def product(x, w):
     """x W^T: x (..., M, X), w (..., Y, X) -> (..., M, Y). NumPy is given what its BLAS does best.
 
     Few rows, and W too small for BLAS to use two cores, yet too large for its cache: dot products row by row, which
-    stream W from memory twice as fast. W larger: row after row of x over a piece of W that the cache keeps for the
+    stream W from memory faster. W larger: row after row of x over a piece of W that the cache keeps for the
     next, so that two cost little more than one. Some more rows: (W x^T)^T.
     """
     M, (Y, X) = x.shape[-2], w.shape[-2:]
@@ -1536,9 +1536,9 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
 
 
 def speculation_pays(cfg):
-    """Whether a round of speculation costs less than the tokens that it makes: on a GPU; on NumPy while a model is so
-    small that calls cost more than arithmetic, since two rows of a product, and the MTP module, come nearly at their
-    full price in a larger one (`pytest -m benchmark -k round` measures it)."""
+    """Whether to speculate unless told otherwise. On NumPy only while a model is so small that calls cost more than
+    arithmetic: in a larger one the second row of a product, and the MTP module, come nearly at their full price
+    (`pytest -m benchmark -k round` measures it). On a GPU always, which nobody has measured yet."""
     return xp is not np or activated(cfg) <= 2**24
 
 
