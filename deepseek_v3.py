@@ -349,7 +349,7 @@ def rope(x, cos, sin, interleave=True):
 
 # How many scores attention holds at a time (on a GPU 256 times as many): they stay in a core's cache, and memory grows
 # with the context, not with its square. At least FEW queries meet the keys at a time, as all keys are read each time.
-SCORES, FEW = 2**18, 64
+SCORES, FEW = 2**18, 256
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
@@ -1343,7 +1343,7 @@ def _read_shards(directory):
 # One loop feeds what is new, chooses the next token, has the MTP module draft the one after, and verifies the draft
 # next time; the trace of one pass is what a port is checked by.
 
-CHUNK = 512  # tokens of a prompt that go through the model at once, which bounds the memory for activations
+CHUNK = 1024  # tokens of a prompt that go through the model at once, which bounds the memory for activations
 
 
 @dataclass(frozen=True)

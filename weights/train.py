@@ -47,7 +47,7 @@ CYCLES = (  # steps, peak learning rate and weight decay; the schedules below ru
     (2400, 2.5e-3, 0.1),
     (1000, 1.25e-3, 0.1),
     (1600, 1.25e-3, 0.1),
-    (3200, 2.5e-3, 1.0),
+    (1600, 1.25e-3, 0.3),
 )
 FLOOR, WARMUP = 0.05, 100  # the share of the peak that is left at the end, steps of warm-up
 BETA1, BETA2, CLIP = 0.9, 0.95, 1.0  # AdamW, and the gradient norm that is clipped to
