@@ -3074,7 +3074,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
     cfg = replace(train.MODEL, vocab_size=300, hidden_size=16, num_hidden_layers=2, intermediate_size=16)
     for name, value in {
         "MODEL": cfg,
-        "CYCLES": ((3, 1e-3, 0.1), (2, 1e-3, 0.1)),
+        "CYCLES": ((3, 1e-3), (2, 1e-3)),
         "SEQUENCES": 2,
         "LENGTH": 16,
         "SAVE_EVERY": -1,

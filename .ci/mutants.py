@@ -3,13 +3,14 @@
     pip install cosmic-ray
     python .ci/mutants.py [HOW_MANY] [SEED]      200 and 0, which takes an hour; all, some 5,000, take days
 
-In a copy of the last commit one place at a time is changed (an operator, a number, a condition, ...); then a test must
-fail. Prints each mutant that no test saw, and the score.
+In a copy of the last commit, one for each core, one place at a time is changed (an operator, a number, a condition,
+...); then a test must fail. Prints each mutant that no test saw, and the score.
 """
 
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,27 +55,33 @@ def main(count=200, seed=0):
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
-    here = Path(__file__).resolve().parent.parent
-    with tempfile.TemporaryDirectory() as copy:
-        subprocess.run(["git", "clone", "--quiet", str(here), copy], check=True)
-        os.chdir(copy)
-        os.environ["HYPOTHESIS_PROFILE"] = "unshrunk"
-        Path("cosmic-ray.toml").write_text(CONFIG)
-        subprocess.run(["cosmic-ray", "init", "cosmic-ray.toml", "mutants.sqlite"], check=True)
-        starts = sections(PROGRAM)
-        with use_db("mutants.sqlite", WorkDB.Mode.open) as db:
-            place = {item.job_id: (m.start_pos, m.operator_name, m.occurrence)
-                     for item in db.work_items for m in item.mutations}  # fmt: skip
-            inside = sorted((job for job, at in place.items() if starts[1] < at[0][0] < starts[10]), key=place.get)
-            chosen = set(random.Random(seed).sample(inside, min(count, len(inside))))
-            db.set_multiple_results(set(place) - chosen, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+    here, results = Path(__file__).resolve().parent.parent, []
+    with tempfile.TemporaryDirectory() as base:
+        first, *others = copies = [Path(base, str(core)) for core in range(os.cpu_count())]
+        subprocess.run(["git", "clone", "--quiet", str(here), str(first)], check=True)
+        (first / "cosmic-ray.toml").write_text(CONFIG)
+        subprocess.run(["cosmic-ray", "init", "cosmic-ray.toml", "mutants.sqlite"], cwd=first, check=True)
+        for copy in others:
+            shutil.copytree(first, copy)
+        starts = sections(first / PROGRAM)
+        for core, copy in enumerate(copies):
+            with use_db(copy / "mutants.sqlite", WorkDB.Mode.open) as db:
+                place = {item.job_id: (m.start_pos, m.operator_name, m.occurrence)
+                         for item in db.work_items for m in item.mutations}  # fmt: skip
+                inside = sorted((job for job, at in place.items() if starts[1] < at[0][0] < starts[10]), key=place.get)
+                chosen = random.Random(seed).sample(inside, min(count, len(inside)))
+                idle = set(place) - set(chosen[core :: len(copies)])
+                db.set_multiple_results(idle, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
         print(f"{len(chosen)} of {len(inside)} mutants", flush=True)
-        subprocess.run(["cosmic-ray", "exec", "cosmic-ray.toml", "mutants.sqlite"], check=True)
-        with use_db("mutants.sqlite", WorkDB.Mode.open) as db:
-            results = [result for _, result in db.results if result.test_outcome]
+        environment = os.environ | {"HYPOTHESIS_PROFILE": "unshrunk"}
+        command = ["cosmic-ray", "exec", "cosmic-ray.toml", "mutants.sqlite"]
+        workers = [subprocess.Popen(command, cwd=copy, env=environment) for copy in copies]
+        assert not any([worker.wait() for worker in workers])
+        for copy in copies:
+            with use_db(copy / "mutants.sqlite", WorkDB.Mode.open) as db:
+                results += [result for _, result in db.results if result.test_outcome]
         survivors = [result.diff for result in results if result.test_outcome != TestOutcome.KILLED]
         print(*survivors, f"{len(results) - len(survivors)} of {len(results)} mutants killed", sep="\n\n")
-        os.chdir(here)
 
 
 if __name__ == "__main__":

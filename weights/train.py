@@ -43,14 +43,13 @@ MODEL = dsv3.Config(
 )  # fmt: skip
 INIT_STD = 0.03
 SEQUENCES, LENGTH = 16, 256  # of one batch
-CYCLES = (  # steps, peak learning rate and weight decay; the schedules below run in each
-    (2400, 2.5e-3, 0.1),
-    (1000, 1.25e-3, 0.1),
-    (1600, 1.25e-3, 0.1),
-    (1600, 1.25e-3, 0.3),
-)
+CYCLES = (
+    (2400, 2.5e-3),
+    (1000, 1.25e-3),
+    (1600, 1.25e-3),
+)  # steps and peak learning rate; the schedules below run in each
 FLOOR, WARMUP = 0.05, 100  # the share of the peak that is left at the end, steps of warm-up
-BETA1, BETA2, CLIP = 0.9, 0.95, 1.0  # AdamW, and the gradient norm that is clipped to
+BETA1, BETA2, DECAY, CLIP = 0.9, 0.95, 0.1, 1.0  # AdamW, and the gradient norm that is clipped to
 GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of a cycle after which it is frozen
 ALPHA = 0.0001  # weight of the sequence-wise balance loss
 LAMBDA, LAMBDA_LATE, LATE_FROM = 0.3, 0.1, 0.67  # weight of the MTP loss, first and from this share of a cycle on
@@ -87,13 +86,13 @@ def initial_weights(seed):
 
 
 def make_step(unravel, decayed):
-    """One jitted step: (state, tokens, learning rate, weight decay, lambda, gamma) -> (state, figures)."""
+    """One jitted step of training: (state, tokens, learning rate, lambda, gamma) -> (state, figures)."""
 
     def loss_of(theta, biases, token_BX, mtp_weight):
         return dsv3.training_objective(unravel(theta) | biases, token_BX, MODEL, mtp_weight, ALPHA)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state, token_BX, rate, decay, mtp_weight, gamma):
+    def step(state, token_BX, rate, mtp_weight, gamma):
         objective = jax.value_and_grad(loss_of, has_aux=True)
         (_, parts), grad = objective(state["theta"], state["biases"], token_BX, mtp_weight)
         norm = jnp.linalg.norm(grad)
@@ -102,7 +101,7 @@ def make_step(unravel, decayed):
         m = BETA1 * state["m"] + (1 - BETA1) * grad
         v = BETA2 * state["v"] + (1 - BETA2) * grad**2
         update = m / (1 - BETA1**count) / (jnp.sqrt(v / (1 - BETA2**count)) + 1e-8)
-        theta = state["theta"] - rate * (update + decay * decayed * state["theta"])
+        theta = state["theta"] - rate * (update + DECAY * decayed * state["theta"])
         load = {f"{name}.e_score_correction_bias": load_E for name, load_E in parts["load"].items()}
         biases = {k: dsv3.update_bias(b, load[k], gamma) for k, b in state["biases"].items()}
         figures = {"main": parts["main"], "mtp": parts["mtp"][0], "balance": parts["balance"], "norm": norm,
@@ -113,15 +112,15 @@ def make_step(unravel, decayed):
 
 
 def schedule(step):
-    """Learning rate (linear warm-up, then a cosine to FLOOR), weight decay, lambda and gamma of a step."""
-    for steps, peak, decay in CYCLES:  # noqa: B007
+    """Learning rate (linear warm-up, then a cosine to FLOOR), lambda and gamma of a step."""
+    for steps, peak in CYCLES:  # noqa: B007
         if step < steps:
             break
         step -= steps
     progress = (step - WARMUP) / max(1, steps - WARMUP)
     rate = (step + 1) / WARMUP if step < WARMUP else FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
     late, frozen = step >= LATE_FROM * steps, step >= GAMMA_UNTIL * steps
-    return peak * rate, decay, LAMBDA_LATE if late else LAMBDA, 0.0 if frozen else GAMMA
+    return peak * rate, LAMBDA_LATE if late else LAMBDA, 0.0 if frozen else GAMMA
 
 
 def validation_bits(w, tokenizer, stories, length=512):
@@ -209,15 +208,15 @@ def main(argv=None):
             log.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     step, entries, last_save = make_step(unravel, decayed), [], time.monotonic()
-    first, last = int(state["step"]), sum(steps for steps, *_ in CYCLES)
+    first, last = int(state["step"]), sum(steps for steps, _ in CYCLES)
     bar = tqdm(range(first, last), initial=first, total=last, unit="step", mininterval=5)
     for i in bar:
-        rate, decay, mtp_weight, gamma = schedule(i)
+        rate, mtp_weight, gamma = schedule(i)
         gamma = 0.0 if args.no_bias_update else gamma
         start = np.random.default_rng([args.seed, i]).integers(0, stream.size - LENGTH, SEQUENCES)
         token_BX = stream[start[:, None] + np.arange(LENGTH + 1)]
         began = time.monotonic()
-        state, figures = step(state, token_BX, rate, decay, mtp_weight, gamma)
+        state, figures = step(state, token_BX, rate, mtp_weight, gamma)
         figures = {k: np.asarray(v).tolist() for k, v in figures.items()}
         bar.set_postfix(loss=f"{figures['main']:.3f}", tok_s=f"{SEQUENCES * LENGTH / (time.monotonic() - began):.0f}")
         entry = {"step": i + 1} | figures
