@@ -3682,7 +3682,7 @@ def test_speed_beside_hugging_face_transformers(tmp_path):
         row(f"prefill {T}", pair, T)
     cfg = dsv3.read_config(WEIGHTS)
     w, model = dsv3.Checkpoint(WEIGHTS, cfg), load(WEIGHTS)
-    pair = in_turn(decoding(w, cfg, 64), hf_decoding(model, 64), repeat=10)
+    pair = in_turn(decoding(w, cfg, 64), hf_decoding(model, 64), repeat=40)
     row("shipped weights, decode", pair, 1)
 
 

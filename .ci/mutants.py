@@ -76,7 +76,8 @@ def main(count=200, seed=0):
         environment = os.environ | {"HYPOTHESIS_PROFILE": "unshrunk"}
         command = ["cosmic-ray", "exec", "cosmic-ray.toml", "mutants.sqlite"]
         workers = [subprocess.Popen(command, cwd=copy, env=environment) for copy in copies]
-        assert not any([worker.wait() for worker in workers])
+        failed = [worker for worker in workers if worker.wait()]
+        assert not failed
         for copy in copies:
             with use_db(copy / "mutants.sqlite", WorkDB.Mode.open) as db:
                 results += [result for _, result in db.results if result.test_outcome]
