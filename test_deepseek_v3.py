@@ -1270,6 +1270,10 @@ def damaged(directory, how):
     elif how == "offsets":
         header["model.norm.weight"]["data_offsets"] = [-8, 8]
         rewrite(header)
+    elif how in ("one offset", "three offsets"):
+        offsets = header["model.norm.weight"]["data_offsets"]
+        header["model.norm.weight"]["data_offsets"] = offsets[1:] if how == "one offset" else [*offsets, offsets[1]]
+        rewrite(header)
     elif how == "size":
         header["model.norm.weight"]["shape"] = [23]
         rewrite(header)
@@ -1367,6 +1371,7 @@ def damaged(directory, how):
     ("huge", "model.norm.weight"), ("nothing", "model.norm.weight"), ("digits", "not JSON"),
     ("entry", "model.norm.weight"), ("field", "model.norm.weight' is malformed"),
     ("list", "model.norm.weight' is malformed"), ("boolean", "is malformed"),
+    ("one offset", "model.norm.weight' is malformed"), ("three offsets", "model.norm.weight' is malformed"),
     ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
     ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
     ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks it"), ("overlap", "neither overlap"),
@@ -3736,6 +3741,41 @@ def test_the_memory_of_a_prompt_grows_with_its_length_not_with_its_square():
     w, scores = random_weights(SMALL), 4 * SMALL.num_attention_heads * 2048**2
     assert prefill_memory(w, SMALL, 2048, chunk=512) < 2.1 * prefill_memory(w, SMALL, 1024, chunk=512)
     assert prefill_memory(w, SMALL, 2048, chunk=2048) < scores / 2
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name, T", [("mid", 4096), ("mid", 1), ("shipped", 1)])
+def test_where_the_time_goes(name, T, shipped, monkeypatch):
+    """The share of each function of sections 3 to 6 in taking in a prompt or decoding a token, without what it calls:
+    `product` is BLAS on all cores (but for the second product of `attention`), the others run on one."""
+    cfg = replace({"mid": MID, "shipped": shipped[1]}[name], num_nextn_predict_layers=0)
+    w, spent, inner = shipped[0] if name == "shipped" else random_weights(cfg), Counter(), [0.0]
+
+    def timed(key, function):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            inner.append(0.0)
+            result = function(*args, **kwargs)
+            took = time.perf_counter() - start
+            spent[key] += took - inner.pop()
+            inner[-1] += took
+            return result
+
+        return call
+
+    step = decoding(w, cfg, 128) if T == 1 else partial(decoding, w, cfg, T)
+    lines = Path(dsv3.__file__).read_text("utf-8").split("# ---- ")
+    names = re.findall(r"^def (\w+)", "".join(part for part in lines if part[:1] in "3456"), re.M)
+    for key in names:
+        monkeypatch.setattr(dsv3, key, timed(key, getattr(dsv3, key)))
+    for warm in (True, False):
+        for _ in range(20 if T == 1 else 1):
+            step()
+        if warm:
+            spent.clear()
+    whole = sum(spent.values())
+    shares = [f"{key} {time / whole:.0%}" for key, time in spent.most_common(7)]
+    print(f"\n{name}, {f'prompt of {T}' if T > 1 else 'decoding'}: {', '.join(shares)}")
 
 
 @pytest.mark.benchmark
