@@ -6,8 +6,8 @@
 
     python deepseek_v3.py     tells a story with the small model beside it; --help lists what else it does
 
-Every component stands here at most twice: once as the paper *defines* it (the equation, nothing cached, nothing
-skipped), once as it is *computed* (what generation runs). test_deepseek_v3.py shows the two equal in float64.
+Every component stands here once as the paper *defines* it (the equation, nothing cached, nothing skipped) and, where
+that is slow, again as it is *computed* (what generation runs). test_deepseek_v3.py shows them equal in float64.
 
     component    definition                        computation                           equal because
     attention    mla_naive: keys of every head     mla_absorbed: one shared latent key   (W_UK c) . q = c . (W_UK^T q)
@@ -188,7 +188,7 @@ class Config:
     n_group: int = 8  # groups of experts, one on each node
     topk_group: int = 4  # M, the nodes a token may be sent to
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5  # not in the paper
+    routed_scaling_factor: float = 2.5  # section 4.2: "additional scaling factors at the width bottlenecks"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: Yarn | None = field(default=Yarn(mscale=1.0, mscale_all_dim=1.0))
@@ -224,9 +224,9 @@ def linear(x, w, name):
 def product(x, w):
     """x W^T: x (..., M, X), w (..., Y, X) -> (..., M, Y). NumPy is given what its BLAS does best.
 
-    Few rows, and W too small for BLAS to use two cores, yet too large for its cache: dot products row by row, which
-    stream W from memory faster. W larger: row after row of x over a piece of W that the cache keeps for the
-    next, so that two cost little more than one. Some more rows: (W x^T)^T.
+    Up to 4 rows: a W that BLAS would leave to one core, yet too large for that core's cache, by dot products, which
+    stream it from memory faster; a larger W in pieces that stay in the cache for the next row of x, so that two rows
+    cost little more than one. Up to 192 rows: (W x^T)^T.
     """
     M, (Y, X) = x.shape[-2], w.shape[-2:]
     if xp is np and M <= 4 and X >= 128 and 2**17 < Y * X <= ONE_CORE:
@@ -347,8 +347,8 @@ def rope(x, cos, sin, interleave=True):
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
-# How many scores attention holds at a time (on a GPU 256 times as many): they stay in a core's cache, and memory grows
-# with the context, not with its square. At least FEW queries meet the keys at a time, as all keys are read each time.
+# How many scores attention holds at a time (on a GPU 256 times as many): a core's cache keeps them, and memory grows
+# with the context, not with its square. Over a long context they are more, as FEW queries at least share the keys.
 SCORES, FEW = 2**18, 256
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
@@ -379,8 +379,8 @@ class Cache:
 
     c_KV is the latent after its norm, k_R the key after its rotation. An entry's index is its position, and a query
     sees no index beyond its own: what a call leaves behind its last accepted token (padding, a rejected draft) stays
-    unseen until the next call overwrites it. `tokens[b]` are the tokens whose entries in row b are right; those of
-    the MTP module too if all calls speculated, its last one for the token that followed in that call.
+    unseen until the next call overwrites it. `tokens[b]` are the tokens whose entries in row b are right. If every call
+    speculated, so are the MTP module's, the last one of them for the token that followed then.
     """
 
     def __init__(self, batch, capacity=0):
@@ -574,8 +574,8 @@ def moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     gate_BTE = xp.sum(xp.where(one_hot(index_BTK, E), gate_BTK[..., None], 0), axis=-2).astype(x_BTD.dtype)
     w_gate, w_up, w_down = (stacked(w, name, part, cfg) for part in ("gate", "up", "down"))
     a, b = x_BTD @ w_gate.reshape(-1, D).T, x_BTD @ w_up.reshape(-1, D).T
-    h_BTEX = (a * sigmoid(a) * b).reshape(*x_BTD.shape[:2], E, -1) * gate_BTE[..., None]
-    return h_BTEX.reshape(*x_BTD.shape[:2], -1) @ w_down.transpose(0, 2, 1).reshape(-1, D)
+    y_BTEX = (a * sigmoid(a) * b).reshape(*x_BTD.shape[:2], E, -1) * gate_BTE[..., None]
+    return y_BTEX.reshape(*x_BTD.shape[:2], -1) @ w_down.transpose(0, 2, 1).reshape(-1, D)
 
 
 def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
@@ -770,7 +770,7 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 # used and kept as long as there is room.
 
 
-LONGEST = 100_000_000  # bytes of JSON that are read, the safetensors library's limit on a header
+LONGEST = 100_000_000  # bytes of text that are read, the safetensors library's limit on a header
 
 
 def member(directory, name):
@@ -784,15 +784,20 @@ def member(directory, name):
     return path
 
 
-def read_json(path):
-    """The JSON object in a file; InputError if there is none."""
+def read(path):
+    """The bytes of a file of text; InputError if there is none, or it is larger than such files are."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             _require(size <= LONGEST, f"{path}: {size} bytes are too many for this file; is it the checkpoint's own?")
-            return _parse_json(file.read(), path)
+            return file.read()
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
+
+
+def read_json(path):
+    """The JSON object in a file; InputError if there is none."""
+    return _parse_json(read(path), path)
 
 
 def _parse_json(raw, where):
@@ -819,6 +824,8 @@ def read_config(path):
     path = Path(path)
     path = member(path, "config.json") if path.is_dir() else path
     keys = read_json(path)
+    lacking = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in keys]
+    _require(not lacking, f"{path}: lacks {', '.join(lacking)}; is it a model's config.json?")
     try:
         return parse_config(keys)
     except InputError as e:
@@ -1275,8 +1282,8 @@ class Checkpoint(Mapping):
         return tensor if stored.ndim == 2 and ".mlp.gate." not in name else tensor.whole()
 
     def _scale(self, name):
-        """The stored scales of an FP8 matrix, checked as they are read. As integers, the floats from 0 to 2^119, with
-        which the largest code, 448, is still finite, are those up to its own bits."""
+        """The stored scales of an FP8 matrix, checked as they are read. Bits order floats from 0 up: one comparison of
+        integers refuses what is negative, NaN, infinite, or above 2^119, where 448 times the scale overflows."""
         dtype, stored = self.stored[f"{name}_scale_inv"]
         sound = (stored.view(f"<u{stored.itemsize}") <= (0x7B000000 if dtype == "F32" else 0x7B00)).all()
         _require(sound, f"{self.directory}: {name}_scale_inv must be from 0 to 6e35 throughout; download it again")
@@ -1456,7 +1463,7 @@ def check_prompts(prompts, cfg, max_tokens):
         _require(not bad, f"prompt {n}: token id {bad[:1]!s:.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
         _require(len(prompt) + max_tokens <= cfg.max_position_embeddings,
                  f"prompt {n} has {len(prompt)} tokens; with {max_tokens} new ones that is more than the model's "
-                 f"{cfg.max_position_embeddings} positions")  # fmt: skip
+                 f"{cfg.max_position_embeddings} positions: shorten it, or make fewer")  # fmt: skip
 
 
 @dataclass
@@ -1486,7 +1493,7 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
     stream (seed, b). speculate: draft with the first MTP module, if there is one; this changes the speed, not the
     distribution, and not one token of greedy output (unless two logits, or two affinities, are equal but for rounding).
     cache: of an earlier call with as many prompts; what its tokens and the prompts have in common is not computed
-    again. progress is called as the prompt goes through the model. Raises InputError before any work.
+    again. progress is called as the prompt goes through the model. Bad arguments raise InputError before any work.
 
     Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If the draft stands
     (`verify`), both it and the token after it are known; if not, only the token in its place, and the draft's cache
@@ -1782,23 +1789,23 @@ class Text:
     """A checkpoint's tokenizer.json, with the BOS that its tokenizer_config.json may ask for."""
 
     def __init__(self, directory):
-        path = Path(directory) / "tokenizer.json"
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        path, settings, template = (member(directory, name) for name in names)
         _require(path.exists(), f"{directory} has no tokenizer.json: give token ids with --tokens")
         try:
             import tokenizers
         except ImportError:
             raise InputError("text needs the tokenizers package: pip install tokenizers, or give --tokens") from None
+        raw = read(path)
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as e:  # the library raises bare Exception for a malformed file
             raise InputError(f"{path}: {_first_line(e)}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-        settings = Path(directory) / "tokenizer_config.json"
         self.settings = read_json(settings) if settings.exists() else {}
-        template = Path(directory) / "chat_template.jinja"
-        self.chat_template = template.read_bytes() if template.exists() else self.settings.get("chat_template")
+        self.chat_template = read(template) if template.exists() else self.settings.get("chat_template")
         self.special = {}
         for key in ("bos_token", "eos_token"):
             value = self.settings.get(key)
@@ -1841,6 +1848,7 @@ class Text:
         contents, ids = {mark: content for content, mark in marks.items()}, []
         for part in re.split("([\U000f0000-\U000ffffd])", self.render(hidden)):
             content = contents.get(part)
+            self.tokenizer.encode_special_tokens = content is not None  # that is: as text
             for text in [part] if content is None else [content[:1], content[1:]]:  # in two halves it is no token
                 ids += self.encode(text, special=False)
         return ids
@@ -1849,11 +1857,11 @@ class Text:
 def end_tokens(directory):
     """The ids that end a text, of generation_config.json or else of config.json, which give one id, a list or null."""
     for name in ("generation_config.json", "config.json"):
-        if (Path(directory) / name).exists():
-            ids = read_json(Path(directory) / name).get("eos_token_id")
+        if (path := member(directory, name)).exists():
+            ids = read_json(path).get("eos_token_id")
             if ids is not None:
                 ids = ids if isinstance(ids, list) else [ids]
-                _require(all(type(t) is int for t in ids), f"{Path(directory) / name}: eos_token_id must be ids")
+                _require(all(type(t) is int for t in ids), f"{path}: eos_token_id must be ids")
                 return set(ids)
     return set()
 
@@ -1889,8 +1897,8 @@ def read_npz(path):
             return dict(file)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror or e}") from None
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-        raise InputError(f"{path}: not an .npz file of plain arrays") from None
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, OverflowError, MemoryError):
+        raise InputError(f"{path}: not an .npz file of plain arrays that fit in memory") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -1917,7 +1925,7 @@ def parse_arguments(argv):
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): the GPU if there is one")
     add("--dtype", choices=["float32", "float64", "float16"], default="float32", help="of the computation (float32)")
     add("--memory", type=float, metavar="GB", help="for decoded weights; default: 70%% of what is free")
-    add("--mtp", action=argparse.BooleanOptionalAction, help="generate with speculation (default: where it is faster)")
+    add("--mtp", action=argparse.BooleanOptionalAction, help="speculate (default: on a GPU, and in a small model)")
     add("--chat", action="store_true", help="converse in the checkpoint's chat template, one line of stdin a turn")
     add("--trace", metavar="FILE.npz", help="write the named activations of the prompt's forward pass")
     add("--compare", metavar="FILE.npz", help="name the first of them where a port's trace departs, and the mistake if "
@@ -1927,6 +1935,7 @@ def parse_arguments(argv):
     _require(args.memory is None or args.memory >= 0, f"--memory must be 0 or more, not {args.memory}")
     _require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
     _require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
+    _require("" not in (args.trace, args.compare), "--trace and --compare take the name of a file, not an empty one")
     alone = args.tokens or args.trace is not None or args.compare is not None
     _require(not (args.chat and alone), "--chat takes no --tokens, --trace or --compare")
     return args
@@ -2030,6 +2039,8 @@ def run(args):
     speculate = speculation_pays(cfg) if args.mtp is None else args.mtp
     if args.mtp is None and not speculate and mtp_depth(w, cfg):
         say("note: no speculation, which does not pay on NumPy in a model of this size; --mtp turns it on")
+    if args.mtp and not mtp_depth(w, cfg):
+        say("note: no speculation, for which this checkpoint lacks the MTP module")
     session = Session(w, cfg, text, end_tokens(args.weights), sampling, args.max_tokens, speculate)
     if args.chat:
         session.converse(args.prompt)

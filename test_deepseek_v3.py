@@ -31,6 +31,7 @@ import tomllib
 import tracemalloc
 import types
 import typing
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -1345,6 +1346,8 @@ def damaged(directory, how):
         (directory / "config.json").write_text('{"model_type": "\\ud800"}')
     elif how == "config":
         (directory / "config.json").write_text("{")
+    elif how == "other config":
+        (directory / "config.json").write_text('{"version": "1.0", "vocab_size": 31, "model": {"type": "BPE"}}')
     elif how == "no config":
         (directory / "config.json").unlink()
     elif how == "index":
@@ -1374,6 +1377,7 @@ def damaged(directory, how):
     ("one offset", "model.norm.weight' is malformed"), ("three offsets", "model.norm.weight' is malformed"),
     ("missing", "model.norm.weight"), ("dtype", "model.norm.weight"),
     ("shape", "lm_head.weight"), ("gone", "No such file"), ("config", "not JSON"), ("no config", "No such file"),
+    ("other config", "lacks hidden_size, num_hidden_layers"),
     ("index", "plain file name"), ("no map", "weight_map"), ("elsewhere", "lacks it"), ("overlap", "neither overlap"),
     ("gap", "nor leave a gap"), ("trailing", "4 bytes follow"), ("twice", "'model.norm.weight' is there twice"),
     ("metadata", "__metadata__"), ("long", "where 100000000 have room"), ("pipe", "no file"), ("link", "link out of"),
@@ -2219,6 +2223,24 @@ def test_the_trace_is_written_and_compared(small, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [trace]
 
 
+@pytest.mark.parametrize("how", ["encrypted", "compressed", "huge", "beyond counting"])
+def test_an_archive_that_cannot_be_read_is_refused_in_one_line(tmp_path, small, capsys, how):
+    """Encrypted, compressed by a method that nobody knows, or with an array larger than memory or than any number."""
+    shape = {"huge": (10**15,), "beyond counting": (10**30,)}.get(how, (1,))
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "t.npz", "w") as file:
+        file.writestr("lm_head.npy", array.getvalue() + bytes(4))
+    raw = bytearray((tmp_path / "t.npz").read_bytes())
+    for header, flags in ((raw.index(b"PK\3\4"), 6), (raw.index(b"PK\1\2"), 8)):
+        raw[header + flags] |= how == "encrypted"
+        raw[header + flags + 2] = 99 if how == "compressed" else 0
+    (tmp_path / "t.npz").write_bytes(raw)
+    assert dsv3.main(["--weights", str(small), "--tokens", "1", "-n", "0", "--compare", str(tmp_path / "t.npz")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "t.npz: not an .npz file of plain arrays" in err
+
+
 @pytest.mark.parametrize("theirs", [[[1, 3]], [[2, 4]]])
 def test_experts_of_lower_and_of_higher_ids_are_other_experts(theirs):
     ours = {"model.layers.0.mlp.gate.indices": np.array([[3, 2]])}
@@ -2242,6 +2264,8 @@ def test_experts_of_lower_and_of_higher_ids_are_other_experts(theirs):
     (["--tokens", "1", "--trace", "no-such-directory/t.npz"], "t.npz"),
     (["--tokens", "1", "--compare", "no-such-file.npz"], "no-such-file"),
     (["--chat", "--tokens", "1"], "--chat"),
+    (["--trace", ""], "name of a file"),
+    (["--compare", ""], "name of a file"),
     (["--memory", "-1"], "--memory"),
     (["--memory", "nan"], "--memory"),
 ])  # fmt: skip
@@ -2291,6 +2315,15 @@ def test_speculation_is_the_default_where_it_pays(parameters, flags, drafts, mon
     err = capsys.readouterr().err
     assert ("drafted 0" not in err) == drafts
     assert ("--mtp turns it on" in err) == (not drafts and not flags)
+
+
+def test_speculation_without_the_module_is_said_to_be_none(tmp_path, capsys):
+    w = make_weights(replace(SMALL, num_nextn_predict_layers=0), dtype=np.float32)
+    write_checkpoint(tmp_path / "w", SMALL, w)
+    flags = ["--weights", str(tmp_path / "w"), "--tokens", "1", "-n", "2"]
+    for asked in ([], ["--mtp"]):
+        assert dsv3.main([*flags, *asked]) == 0
+        assert ("lacks the MTP module" in capsys.readouterr().err) == bool(asked)
 
 
 def test_help_names_every_flag(capsys):
@@ -2978,6 +3011,37 @@ def test_a_message_writes_no_special_token(tmp_path):
             assert text.tokenizer.decode(ids[1 : ids.index(1)], skip_special_tokens=False) == content
     plain = [{"role": "user", "content": "Tom sat."}]
     assert text.encode_chat(plain) == text.encode(text.render(plain), special=False)
+
+
+def test_a_message_writes_no_special_token_whose_half_is_one(tmp_path):
+    vocab = {"<": 0, "x": 1, ">": 2, "<unk>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>", "<<x>", "<x>", "§"])  # 4 to 7
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("<s>{{ messages[0].content }}")
+    text = dsv3.Text(tmp_path)
+    for _ in range(2):
+        assert text.encode("<<x>§") == [5, 7]  # a prompt may hold them
+        assert text.encode_chat([{"role": "user", "content": "<<x>"}]) == [4, 0, 0, 1, 2]
+        assert text.encode_chat([{"role": "user", "content": "x§"}]) == [4, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+@pytest.mark.parametrize("how, said", [("pipe", "is no file"), ("link", "link out of"), ("directory", "is no file"),
+                                       ("long", "too many")])  # fmt: skip
+def test_the_files_of_the_text_are_plain_ones(tmp_path, capsys, name, how, said):
+    shutil.copytree(WEIGHTS, tmp_path / "w", ignore=shutil.ignore_patterns("vectors"))
+    (path := tmp_path / "w" / name).unlink(missing_ok=True)
+    if how == "long":  # and sparse
+        path.touch()
+        os.truncate(path, 10**12)
+    else:
+        {"pipe": os.mkfifo, "directory": os.mkdir, "link": lambda path: path.symlink_to("/etc/hostname")}[how](path)
+    assert dsv3.main(["--weights", str(tmp_path / "w"), "-n", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"{name}: " in err and said in err
 
 
 @pytest.mark.parametrize("template, said", [(None, "no chat template"), ("{{ x.y.z }}", "chat template fails"),
