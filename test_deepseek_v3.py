@@ -1733,6 +1733,21 @@ def test_a_cache_of_an_earlier_turn_is_used_and_changes_nothing():
     assert generated([[3, 3]], w, cfg, 6, cache=cache) == generated([[3, 3]], w, cfg, 6)
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(0, 12), st.lists(st.integers(0, 3), max_size=3))
+def test_a_prompt_that_branches_off_anywhere_finds_a_cache_as_good_as_new(prompt, kept, more):
+    """The same prompt again, less of it, more, or other tokens from some place on: text and drafts are the same."""
+    cfg, w, cache, sampling = GUESSABLE, make_weights(GUESSABLE, 2), dsv3.Cache(1), dsv3.Sampling(1.0)
+    made = generated([prompt], w, cfg, 6, sampling, cache=cache)[0]
+    again = [*prompt, *made][:kept] + more or [0]
+    results = []
+    for each in (cache, None):
+        stats = dsv3.Stats()
+        results.append(
+            (generated([again], w, cfg, 6, sampling, cache=each, stats=stats), stats.drafted, stats.accepted)
+        )
+    assert results[0] == results[1]
+
+
 def test_a_long_prompt_reports_its_progress(small, monkeypatch, capsys):
     monkeypatch.setattr(dsv3, "CHUNK", 2)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
