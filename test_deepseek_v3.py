@@ -44,7 +44,7 @@ import numpy as np
 import pytest
 import safetensors
 import tokenizers
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -1682,6 +1682,7 @@ def test_draw_has_the_probabilities_it_is_given():
     assert counts.tolist() == [250, 0, 625, 125, 0]
 
 
+@example([4.0, 3.0, 2.0, 1.0], 3.0, 2, 0.55)  # top-p of what top-k left: one token of two, two of all
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=9), st.floats(0.1, 5), st.integers(0, 10), st.floats(0.01, 1))
 def test_the_distribution_is_temperature_then_top_k_then_top_p(logits, temperature, k, top_p):
     p = dsv3.distribution(np.array(logits), dsv3.Sampling(temperature, k, top_p))
@@ -2559,6 +2560,9 @@ MISTAKES = {  # what: edits, the vectors that must fail, where --compare must po
         [('kv_a_layernorm.weight"], LATENT_EPS', 'kv_a_layernorm.weight"], cfg.rms_norm_eps'),
          ('q_a_layernorm.weight"], LATENT_EPS', 'q_a_layernorm.weight"], cfg.rms_norm_eps')],
         ["latent_eps", "moonlight"], Q, "the norms on the latents took rms_norm_eps"),
+    "rms_norm_eps in the norm on c_KV": (
+        [('kv_a_layernorm.weight"], LATENT_EPS', 'kv_a_layernorm.weight"], cfg.rms_norm_eps')],
+        ["moonlight", "latent_eps"], LATENT, "the norms on the latents took rms_norm_eps"),
     "RoPE on halves": (
         [("    if interleave:\n", "    if not interleave:\n")],
         ["v3_yarn", "attention_bias"], Q, "RoPE paired other elements"),
