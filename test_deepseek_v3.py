@@ -1770,6 +1770,14 @@ def test_no_new_tokens_is_only_a_forward_pass():
     assert STATISTICS.fullmatch(dsv3.Stats().line() + "\n") and dsv3.Stats().times is not dsv3.Stats().times
 
 
+def test_the_line_of_statistics_is_rounded(monkeypatch):
+    """The first token of each row is the prompt's, in tokens a second as in time."""
+    monkeypatch.setattr(dsv3, "_peak_memory", lambda: 2_700_000)
+    stats = dsv3.Stats(prompt_tokens=7, new_tokens=10, drafted=5, accepted=4, rows=2, cache_bytes=1600, times=[3, 5, 6])
+    assert stats.line() == ("prompt: 7 tokens, 3.5 tok/s · new: 10 tokens, 8.0 tok/s · drafted 5, accepted 4"
+                            " · cache 2 KB · peak memory 3 MB")  # fmt: skip
+
+
 @pytest.mark.parametrize("speculate, layers", [(False, 3), (True, 4)])
 def test_the_cache_is_made_once_for_all_positions_and_one_draft_past_the_end(speculate, layers):
     stats = dsv3.Stats()
@@ -2069,6 +2077,10 @@ def test_a_gpu_that_is_too_small_streams_what_does_not_fit(gpu, tmp_path):
         assert ("model.layers.1.mlp.experts.gate_proj.weight" in w) == (memory is None)  # else it would be put together
         held = sum(x.nbytes for name, x in w._kept.items() if name in w._shapes)
         assert held == w._taken <= w.memory and (held > 30_000 if memory else not held or memory is None)
+    size = sum(math.prod(shape) * (4 if ".mlp.gate." in name else 2) for name, shape in w._shapes.items())
+    for memory in (size, size - 1):  # float16, but for the routers: all fits, or a byte does not
+        w = dsv3.Checkpoint(directory, SMALL, np.float16, memory)
+        assert ("model.layers.1.mlp.experts.gate_proj.weight" in w) == (memory == size)
 
 
 @pytest.mark.parametrize("speculate, waits", [(False, 1), (True, 1.25)])
