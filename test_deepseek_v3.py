@@ -255,6 +255,7 @@ def test_null_means_without():
     ({"rope_scaling": False}, "rope_scaling"),
     ({"rms_norm_eps": 1e-300}, "rms_norm_eps"),
     ({"num_nextn_predict_layers": 10**9}, "half a million tensors"),
+    ({"num_hidden_layers": 665}, "666 layers of 256 experts are more than half a million tensors"),
     ({"num_key_value_heads": 8}, "num_key_value_heads"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
