@@ -3842,11 +3842,11 @@ def test_the_memory_of_a_prompt_grows_with_its_length_not_with_its_square():
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("name, T", [("mid", 4096), ("mid", 1), ("shipped", 1)])
+@pytest.mark.parametrize("name, T", [("mid", 4096), ("mid", 1), ("wide", 1), ("shipped", 1)])
 def test_where_the_time_goes(name, T, shipped, monkeypatch):
     """The share of each function of sections 3 to 6 in taking in a prompt or decoding a token, without what it calls:
     `product` is BLAS on all cores (but for the second product of `attention`), the others run on one."""
-    cfg = replace({"mid": MID, "shipped": shipped[1]}[name], num_nextn_predict_layers=0)
+    cfg = replace({"mid": MID, "wide": WIDE, "shipped": shipped[1]}[name], num_nextn_predict_layers=0)
     w, spent, inner = shipped[0] if name == "shipped" else random_weights(cfg), Counter(), [0.0]
 
     def timed(key, function):

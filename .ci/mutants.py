@@ -1,7 +1,7 @@
 """Mutation testing: how many small faults in deepseek_v3.py, sections 1 to 9, do the tests see?
 
     pip install cosmic-ray
-    python .ci/mutants.py [HOW_MANY] [SEED]      200 and 0, which takes an hour; all, some 5,000, take days
+    python .ci/mutants.py [HOW_MANY] [SEED]      200 and 0, over an hour on two cores; all, some 6,000: days
 
 In a copy of the last commit, one for each core, one place at a time is changed (an operator, a number, a condition,
 ...); then a test must fail. Prints each mutant that no test saw, and the score.
