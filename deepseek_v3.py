@@ -348,7 +348,7 @@ def rope(x, cos, sin, interleave=True):
 # A token leaves one small vector in the cache, and every head's key and value are linear in it.
 
 # How many scores attention holds at a time (on a GPU 256 times as many): a core's cache keeps them, and memory grows
-# with the context, not with its square. Over a long context they are more, as FEW queries at least share the keys.
+# with the context, not with its square. In a long one there are more, as all keys are read for each FEW queries.
 SCORES, FEW = 2**18, 256
 EXPANDED = 2**29  # elements of keys and values of all heads that are expanded at most
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
