@@ -13,7 +13,7 @@ Part I (sections 1-7) is the model as the paper *defines* it: equations, nothing
     component    definition, part I                computation, part II                 equal because
     attention    mla_naive: keys of every head     mla_absorbed: one shared latent key  q . (W_UK c) = (W_UK^T q) . c
     context      forward, the whole sequence       forward with a Cache, in any chunks  the past never sees the future
-    experts      moe_all: the sum over all         moe_chosen: those with a gate        the other gates are 0
+    experts      moe_all: the sum over all         moe_computed: those with a gate      the other gates are 0
     generation   one token per pass                MTP drafts, the main model verifies  the rejection rule (section 10)
 
 Without a cache, `forward` is the definition throughout: no write in place, no shape that depends on data, so it also
@@ -40,21 +40,25 @@ import functools
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
-import safetensors
 import safetensors.numpy
+
+# ==== Part I. The model, as defined =================================================================================
+
+# ---- 1. Arrays -----------------------------------------------------------------------------------------------------
+# Everything below is written against one array namespace, chosen once: NumPy, or CuPy on a GPU.
+
+xp = np
 
 
 class InputError(ValueError):
@@ -66,21 +70,8 @@ def require(condition, message):
         raise InputError(message)
 
 
-# ==== Part I. The model, as defined =================================================================================
-
-# ---- 1. Arrays -----------------------------------------------------------------------------------------------------
-# Everything below is written against one array namespace, chosen once: NumPy, or CuPy on a GPU.
-
-xp = np
-
-
-def to_device(x, dtype=None):
-    """Upload: the one place where a host array becomes an array of `xp`."""
-    return xp.asarray(x, dtype=dtype)
-
-
 def to_host(x):
-    """Download: the one place where an array of `xp` becomes a NumPy array."""
+    """An array of `xp` as a NumPy array; xp.asarray is the way back."""
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
@@ -90,13 +81,8 @@ def wide(x):
 
 
 def top_k(score, k):
-    """Indices (..., k) of the k largest of the last axis, largest first; among equals the lowest index wins.
-
-    The paper does not say how ties fall; unstable choices have made implementations disagree (vLLM #52679 and others).
-
-    >>> top_k(np.array([1.0, 3.0, 2.0, 3.0]), 3)
-    array([1, 3, 2])
-    """
+    """Indices (..., k) of the k largest of the last axis, largest first. The paper does not say how ties fall: here the
+    lowest index wins (unstable choices have made implementations disagree, vLLM #52679 and others)."""
     return xp.argsort(-score, axis=-1, kind="stable")[..., :k]
 
 
@@ -111,18 +97,20 @@ recorded = None  # a dict while `recording`
 def record(name, x):
     """While `recording`, keep x under the name of the module that produced it."""
     if recorded is not None:
-        recorded[name] = x
+        recorded.setdefault(name, []).append(x)
 
 
 @contextlib.contextmanager
 def recording():
-    """Within this block `record` keeps what it is given, in the order of computation, in the dict that this yields."""
+    """Yields a dict that holds after this block what was recorded in it, {name: array}. Where the sequence went through
+    in pieces, they are joined along axis 1."""
     global recorded
-    outer, recorded = recorded, {}
+    recorded = named = {}
     try:
-        yield recorded
+        yield named
     finally:
-        recorded = outer
+        recorded = None
+    named |= {name: parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=1) for name, parts in named.items()}
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------------------------
@@ -196,8 +184,8 @@ def linear(x, w, name):
 
 
 def rms_norm(x, weight, eps):
-    """x / rms(x) * weight over the last axis. The statistics are wide, the normalised x is rounded to x's dtype
-    before it meets the weight: so does HF's DeepseekV3RMSNorm, while the official code rounds once, after."""
+    """x / rms(x) * weight over the last axis. The normalised x is rounded to x's dtype before it meets the weight: so
+    does HF, while the official code rounds once, after."""
     x_wide = wide(x)
     normed = x_wide / xp.sqrt(xp.mean(x_wide * x_wide, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype, copy=False) * weight
@@ -223,22 +211,17 @@ def softmax(x):
 
 
 def yarn_mscale(factor, mscale):
-    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1).
-
-    >>> round(yarn_mscale(40, 1.0), 4)
-    1.3689
-    """
+    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1)."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 @functools.cache
 def rope_frequencies(cfg):
-    """Radians per position, for each of the P pairs; float64 on the host.
+    """Radians per position, for each of the P pairs; float64 on the host. Plain RoPE: theta^(-2j/R).
 
-    Plain RoPE: theta^(-2j/R). YaRN keeps the pairs that turn more than beta_fast times within the original context,
-    slows those that turn less than beta_slow times by the factor, and blends in between. It is static: once configured
-    it holds at every position of every prompt, for queries as for keys (section 4.3 speaks of the key alone). The
-    official code switches it on by its max_seq_len instead.
+    YaRN keeps the pairs that turn more than beta_fast times within the original context, slows those that turn less
+    than beta_slow times by the factor, and blends in between. It is static: once configured it holds at every position
+    of every prompt, for queries as for keys. (The official code switches it on by its max_seq_len instead.)
     """
     R, yarn = cfg.qk_rope_head_dim, cfg.rope_scaling
     freq_P = cfg.rope_theta ** -(np.arange(0, R, 2) / R)
@@ -323,7 +306,7 @@ def positions(token_BT, start_B, cfg, dtype):
     cos_BTP, sin_BTP = rope_magnitude(cfg) * np.cos(angle_BTP), rope_magnitude(cfg) * np.sin(angle_BTP)
     visible_BTS = np.arange(start_B.max() + T) <= pos_BT[:, :, None]
     count_B = (token_BT >= 0).sum(axis=1)
-    return Positions(start_B, count_B, to_device(cos_BTP, dtype), to_device(sin_BTP, dtype), to_device(visible_BTS))
+    return Positions(start_B, count_B, xp.asarray(cos_BTP, dtype), xp.asarray(sin_BTP, dtype), xp.asarray(visible_BTS))
 
 
 def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
@@ -521,7 +504,7 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
     """
     embedding_WD = w["model.embed_tokens.weight"]
     pos = positions(token_BT, start_B, cfg, embedding_WD.dtype)
-    x_BTD = embedding_WD[to_device(token_BT)]
+    x_BTD = embedding_WD[xp.asarray(token_BT)]
     record("model.embed_tokens", x_BTD)
     for layer in range(cfg.num_hidden_layers):
         x_BTD = block(x_BTD, w, layer, cfg, pos, cache)
@@ -563,7 +546,7 @@ def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
     layer = cfg.num_hidden_layers + k - 1
     name = f"model.layers.{layer}"
     pos = positions(token_BT, start_B, cfg, h_BTD.dtype)
-    embedded_BTD = w["model.embed_tokens.weight"][to_device(token_BT)]
+    embedded_BTD = w["model.embed_tokens.weight"][xp.asarray(token_BT)]
     embedded_BTD = rms_norm(embedded_BTD, w[f"{name}.enorm.weight"], cfg.rms_norm_eps)
     state_BTD = rms_norm(h_BTD, w[f"{name}.hnorm.weight"], cfg.rms_norm_eps)
     x_BTD = linear(xp.concatenate([embedded_BTD, state_BTD], axis=-1), w, f"{name}.eh_proj")  # eq. (21)
@@ -581,18 +564,17 @@ def cross_entropy(logits_BTW, target_BT):
 
 
 def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
-    """The loss of pre-training, L_main + L_MTP + L_Bal, of sequences of T + 1 tokens (X = T + 1).
+    """The loss of pre-training, L_main + L_MTP + L_Bal, of sequences of X = T + 1 tokens, X >= 2 + the MTP modules.
 
     L_main is the mean cross-entropy of tokens 2..T+1. L_Bal is alpha times `balance_loss`, summed over all layers with
-    experts (that the MTP modules' are among them is this file's reading). The default weights are lambda as for the
-    first 10T tokens, and alpha (section 4.2).
+    experts (that the MTP modules' are among them is this file's reading). The default weights are the paper's lambda,
+    for the first 10T tokens, and alpha (section 4.2).
 
     Returns the loss and its parts: {"main", "mtp": [L^1, L^2, ...], "balance", "load": {name of the gate: load_E}}; the
-    loads are what `update_bias` needs. Differentiate with respect to w: the biases only choose, so their gradient is 0.
+    loads are what `update_bias` needs. The biases only choose, so their gradient is 0.
     """
-    token_BX = to_device(token_BX)
+    token_BX = xp.asarray(token_BX)
     T, depth = token_BX.shape[1] - 1, mtp_depth(w, cfg)
-    require(T > depth, f"the objective needs more than {depth + 1} tokens per sequence, with {depth} MTP modules")
     with recording() as named:
         h_BTD = forward(token_BX[:, :T], w, cfg)
         main = xp.mean(cross_entropy(head(h_BTD, w, cfg), token_BX[:, 1:]))
@@ -619,29 +601,23 @@ class Cache:
 
     Equal because attention is causal: no later token changes an entry. An entry's index is its position, and a query
     sees no index beyond its own, so what stands behind a row's last token, such as a rejected draft, is not seen before
-    it is overwritten. `tokens[b]` are the tokens whose entries in row b are right. The MTP layer's entry i pairs h_i
-    with token i + 1, so its last entry is stale once that token changes.
+    it is overwritten. The MTP layer's entry i pairs h_i with token i + 1.
     """
 
-    def __init__(self, batch, capacity=0):
-        self.capacity, self.layers, self.tokens = capacity, {}, [[] for _ in range(batch)]
+    def __init__(self, batch, capacity):
+        self.batch, self.capacity, self.layers = batch, capacity, {}
 
     def append(self, layer, kv_BTL, pos):
         """Write each row's tokens, not its padding, at their positions -> all entries up to the last one, (B, S, L)."""
-        B, T, L = kv_BTL.shape
-        S, kept = int(pos.start_B.max()) + T, self.layers.get(layer)
-        if kept is None:
-            kept = xp.zeros((B, max(S, self.capacity), L), kv_BTL.dtype)
-        elif kept.shape[1] < S:
-            kept = xp.concatenate([kept, xp.zeros((B, S, L), kept.dtype)], axis=1)
-        self.layers[layer] = kept
+        if layer not in self.layers:
+            self.layers[layer] = xp.zeros((self.batch, self.capacity, kv_BTL.shape[-1]), kv_BTL.dtype)
         for b, (start, count) in enumerate(zip(pos.start_B, pos.count_B, strict=True)):
-            kept[b, start : start + count] = kv_BTL[b, :count]
-        return kept[:, :S]
+            self.layers[layer][b, start : start + count] = kv_BTL[b, :count]
+        return self.layers[layer][:, : pos.start_B.max() + kv_BTL.shape[1]]
 
     @property
     def nbytes(self):
-        return sum(kept.nbytes for kept in self.layers.values())
+        return sum(entry_BSL.nbytes for entry_BSL in self.layers.values())
 
 
 def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
@@ -716,19 +692,15 @@ GATHERED = 2**28  # elements of the chosen experts' matrices of one kind that ar
 
 
 def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """= moe_all, gathered where the experts lie in one array and few are chosen, else one by one."""
+    """= moe_all, which adds 0 for all others: each chosen expert sees only the tokens that chose it."""
     copied = index_BTK.size * cfg.hidden_size * cfg.moe_intermediate_size
     if copied <= GATHERED and f"{name}.experts.gate_proj.weight" in w:
         return moe_gathered(x_BTD, w, name, index_BTK, gate_BTK)
-    return moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg)
-
-
-def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """= moe_all, which adds 0 for all others: each chosen expert sees only the tokens that chose it."""
     x_MD, index_X = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).ravel()  # X = M K choices
     order_X = np.argsort(index_X, kind="stable")  # the choices by expert
     end_E = np.cumsum(np.bincount(index_X, minlength=cfg.n_routed_experts))
-    row_X, gate_X = to_device(order_X // index_BTK.shape[-1]), gate_BTK.astype(x_BTD.dtype).ravel()[to_device(order_X)]
+    row_X = xp.asarray(order_X // index_BTK.shape[-1])
+    gate_X = gate_BTK.astype(x_BTD.dtype).ravel()[xp.asarray(order_X)]
     y_MD = xp.zeros_like(x_MD)
     for e in np.unique(index_X):
         part = slice(end_E[e - 1] if e else 0, end_E[e])  # no token chooses an expert twice
@@ -737,7 +709,7 @@ def moe_chosen(x_BTD, w, name, index_BTK, gate_BTK, cfg):
 
 
 def moe_gathered(x_BTD, w, name, index_BTK, gate_BTK):
-    """= moe_chosen for few tokens: the chosen experts' matrices are copied side by side where they lie. A few large
+    """= moe_computed for few tokens: the chosen experts' matrices are copied side by side where they lie. A few large
     calls, and the host need not wait for a GPU to learn which they are."""
     x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), index_BTK.reshape(-1, index_BTK.shape[-1])
     up, gate, down = (w[f"{name}.experts.{part}_proj.weight"][index_MK] for part in ("up", "gate", "down"))
@@ -760,18 +732,17 @@ class Matrix:
     def __rmatmul__(self, x):
         return self.times(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
-    def times(self, x_MX):
-        return product(x_MX, self.array)
-
-    def whole(self):
-        """The matrix as an array of `xp`."""
-        return self.array
+    def __getitem__(self, ids):
+        return self.array[ids]
 
     def reshape(self, *shape):
         return self.whole().reshape(*shape)
 
-    def __getitem__(self, index):
-        return self.array[index]
+    def times(self, x_MX):
+        return product(x_MX, self.array)
+
+    def whole(self):
+        return self.array
 
 
 ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
@@ -791,19 +762,18 @@ def product(x, w):
 # ==== Part III. The program =========================================================================================
 
 # ---- 9. Checkpoints ------------------------------------------------------------------------------------------------
-# A directory in the Hugging Face layout: config.json is checked, tensors are decoded when used and kept while there is
-# room.
+# A directory in the Hugging Face layout: config.json is checked, tensors are decoded when used, kept if there is room.
 
-
-V3 = {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"], "hidden_act": ["silu"], "moe_layer_freq": [1]}
-V2 = V3 | {
-    "scoring_func": ["softmax"],
-    "topk_method": ["greedy", "group_limited_greedy"],
-    "norm_topk_prob": [False],  # with true, DeepSeek's code leaves out routed_scaling_factor, HF the norm
-}
-FAMILY = {"deepseek_v3": V3, "kimi_k2": V3, "deepseek_v2": V2}  # model_type -> what keys may be, the default first
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-ABSENT = {  # what an absent key means, or null; all other keys of Config must be there
+ONLY = {  # the implemented values of keys that would change the result, first what an absent key means
+    "model_type": ["deepseek_v3", "kimi_k2", "deepseek_v2"], "hidden_act": ["silu"], "moe_layer_freq": [1],
+    "rope_scaling.type": ["default", "yarn"], "rope_scaling.partial_rotary_factor": [1.0],
+    "quantization_config.quant_method": ["fp8"], "quantization_config.fmt": ["e4m3"],
+    "quantization_config.weight_block_size": [[128, 128]],
+}  # fmt: skip
+V3 = {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]}
+V2 = {"scoring_func": ["softmax"], "topk_method": ["greedy", "group_limited_greedy"],
+      "norm_topk_prob": [False]}  # with true, DeepSeek's code leaves out routed_scaling_factor, HF the norm; fmt: skip
+ABSENT = {  # what an absent key, or null, means; all other keys of Config must be there
     "q_lora_rank": None, "attention_bias": False, "n_shared_experts": 0, "n_group": 1, "topk_group": 1,
     "rope_theta": 10000.0, "rope_interleave": True, "tie_word_embeddings": False, "num_nextn_predict_layers": 1,
 }  # fmt: skip
@@ -815,55 +785,41 @@ def read_json(path):
     """The JSON object in a file; InputError if there is none."""
     try:
         value = json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON: {e}; download it again") from None
-    require(isinstance(value, dict), f"{path}: must be a JSON object; download it again")
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path} cannot be read as JSON: {first_line(e)}") from None
+    require(isinstance(value, dict), f"{path} must be a JSON object")
     return value
 
 
 def read_config(path):
     """The Config of a config.json, or of a directory that holds one."""
-    path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    keys = read_json(path)
-    try:
-        return parse_config(keys)
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from None
-
-
-def only(key, value, values):
-    """Refuse a value that would change the result and that this file does not implement. In JSON true is not 1."""
-    fits = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
-    require(fits, f"{key} {value!r:.99} is not implemented, only {' or '.join(map(repr, values))}")
+    return parse_config(read_json(Path(path) / "config.json" if Path(path).is_dir() else path))
 
 
 def parse_config(keys):
-    """The model that the JSON object of a config.json describes, in the release's spelling or in that of transformers 5.
-    Keys that do not change the result are ignored. Raises InputError."""
+    """The Config that the keys of a config.json describe, in the release's spelling or in that of transformers 5. Keys
+    that do not change the result are ignored. Raises InputError."""
     given = {key: value for key, value in keys.items() if value is not None}
-    only("model_type", given.setdefault("model_type", "deepseek_v3"), list(FAMILY))
-    for key, values in FAMILY[given["model_type"]].items():
-        only(key, given.setdefault(key, values[0]), values)
-    for key in ("quantization_config", "rope_scaling", "rope_parameters"):
-        require(isinstance(given.setdefault(key, {}), dict), f"{key} must be an object or null")
-    for key, value in FP8.items():
-        only(f"quantization_config.{key}", given["quantization_config"].get(key, value), [value])
-    given = ABSENT | given
-    rope = {key: x for key, x in (given["rope_parameters"] or given["rope_scaling"]).items() if x is not None}
-    only("rope_scaling", given["rope_scaling"], [rope, {}] if given["rope_parameters"] else [given["rope_scaling"]])
-    only("rope_scaling.type", rope.get("rope_type", rope.get("type", "default")), ["yarn", "default"])
-    only("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0])
-    given["rope_theta"], given["rope_scaling"] = rope.get("rope_theta", given["rope_theta"]), None
-    if "yarn" in (rope.get("rope_type"), rope.get("type")):
-        require({"factor", "original_max_position_embeddings"} <= set(rope),
-                "rope_scaling lacks factor or original_max_position_embeddings")  # fmt: skip
-        given["rope_scaling"] = Yarn(**{f.name: rope[f.name] for f in fields(Yarn) if f.name in rope})
+    rope = given.get("rope_parameters", given.get("rope_scaling", {}))
+    require(given.setdefault("rope_scaling", rope) == rope, "rope_scaling and rope_parameters differ")
+    for name, nested in (("rope_scaling", rope), ("quantization_config", given.get("quantization_config", {}))):
+        require(isinstance(nested, dict), f"{name} must be an object or null")
+        given |= {f"{name}.{key}": value for key, value in nested.items() if value is not None}
+    given["rope_scaling.type"] = given.get("rope_scaling.rope_type", given.get("rope_scaling.type", "default"))
+    for key, values in (ONLY | (V2 if given.get("model_type") == "deepseek_v2" else V3)).items():
+        value = given.setdefault(key, values[0])
+        require(value in values, f"{key} {value!r:.99} is not implemented, only {' or '.join(map(repr, values))}")
+    given = ABSENT | given | {"rope_scaling": None}
+    given["rope_theta"] = given.get("rope_scaling.rope_theta", given["rope_theta"])
+    if given["rope_scaling.type"] == "yarn":
+        yarn = {f.name: given[f"rope_scaling.{f.name}"] for f in fields(Yarn) if f"rope_scaling.{f.name}" in given}
+        needed = {"factor", "original_max_position_embeddings"} <= set(yarn)
+        require(needed, "rope_scaling lacks factor or original_max_position_embeddings")
+        given["rope_scaling"] = Yarn(**yarn)
     absent = [f.name for f in fields(Config) if f.name not in given]
-    require(not absent, f"lacks {', '.join(absent)}; is it the config.json of a DeepSeek-V3?")
+    require(not absent, f"config.json lacks {', '.join(absent)}; is it that of a DeepSeek-V3?")
     heads = given["num_attention_heads"]
-    only("num_key_value_heads", given.get("num_key_value_heads", heads), [heads])
+    require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must be num_attention_heads in MLA")
     return Config(**{f.name: given[f.name] for f in fields(Config)})
 
 
@@ -873,24 +829,22 @@ def check_config(cfg):
     if cfg.rope_scaling:
         check_fields(cfg.rope_scaling)
     layers, E, G = cfg.num_hidden_layers + cfg.num_nextn_predict_layers, cfg.n_routed_experts, cfg.n_group
-    only("scoring_func", cfg.scoring_func, ["sigmoid", "softmax"])
-    only("topk_method", cfg.topk_method, ["noaux_tc", "group_limited_greedy", "greedy"])
     require(layers * (3 * E + 20) < 2**19, f"{layers} layers of {E} experts are more than half a million tensors")
     require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
     require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-    if cfg.first_k_dense_replace < cfg.num_hidden_layers or cfg.num_nextn_predict_layers:
-        require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
-        require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
-        require(G == 1 or cfg.topk_method != "noaux_tc" or E // G >= 2, f"n_group {G} leaves one expert per group, "
-                "whose score needs its best two")  # fmt: skip
-        require(cfg.topk_group <= G, f"topk_group {cfg.topk_group} must be at most n_group {G}")
-        choice = E if cfg.topk_method == "greedy" else cfg.topk_group * E // G
-        require(cfg.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, the number of "
-                "experts in topk_group groups")  # fmt: skip
+    if all(cfg.is_dense(layer) for layer in range(layers)):
+        return
+    require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
+    require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
+    require(cfg.topk_group <= G, f"topk_group {cfg.topk_group} must be at most n_group {G}")
+    one_each = cfg.topk_method == "noaux_tc" and E == G > 1
+    require(not one_each, f"n_group {G} leaves one expert per group, whose score needs its best two")
+    choice = E if cfg.topk_method == "greedy" else cfg.topk_group * E // G
+    require(cfg.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, what topk_group leaves")
 
 
 def check_fields(settings):
-    """Every field has its annotated type (a bool is not a number) and is positive, or zero where that means something."""
+    """Each field has its annotated type (a bool is not a number) and is positive, or 0 where that means something."""
     for f in fields(settings):
         value, kinds = getattr(settings, f.name), get_args(f.type) or (f.type,)
         fits = type(value) in kinds or (type(value) is int and float in kinds)
@@ -917,15 +871,16 @@ def tensor_shapes(cfg):
     attention = {"q_proj.weight": (H * (N + R), D)} if Q is None else query
     attention |= {"kv_a_proj_with_mqa.weight": (C + R, D), "kv_a_layernorm.weight": (C,)}
     attention |= {"kv_b_proj.weight": (H * (N + V), C), "o_proj.weight": (D, H * V)}
-    for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if cfg.attention_bias else ():
-        if f"{part}.weight" in attention:
-            attention[f"{part}.bias"] = attention[f"{part}.weight"][:1]
+    if cfg.attention_bias:
+        biased = [part for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if f"{part}.weight" in attention]
+        attention |= {f"{part}.bias": attention[f"{part}.weight"][:1] for part in biased}
     for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
         name = f"model.layers.{layer}"
+        norms = ["input_layernorm", "post_attention_layernorm"]
         if layer >= cfg.num_hidden_layers:
-            shapes |= {f"{name}.{norm}.weight": (D,) for norm in ("enorm", "hnorm", "shared_head.norm")}
+            norms += ["enorm", "hnorm", "shared_head.norm"]
             shapes[f"{name}.eh_proj.weight"] = (D, 2 * D)
-        shapes[f"{name}.input_layernorm.weight"] = shapes[f"{name}.post_attention_layernorm.weight"] = (D,)
+        shapes |= {f"{name}.{norm}.weight": (D,) for norm in norms}
         shapes |= {f"{name}.self_attn.{part}": shape for part, shape in attention.items()}
         if cfg.is_dense(layer):
             mlp(f"{name}.mlp", cfg.intermediate_size)
@@ -960,52 +915,72 @@ BLOCK = 128  # an FP8 weight has one scale for each block of 128 x 128, the last
 def dequantize(code, scale):
     """FP8 codes (Y, X) and their `weight_scale_inv` (ceil(Y / 128), ceil(X / 128)) -> float32. The scale multiplies,
     whatever `inv` suggests: one float32 product is the definition."""
-    value, out = to_device(e4m3_values()), xp.empty(code.shape, np.float32)
-    for top, scale_X in zip(range(0, code.shape[0], BLOCK), scale, strict=True):
-        rows = slice(top, top + BLOCK)
+    value, out = xp.asarray(e4m3_values()), xp.empty(code.shape, np.float32)
+    for rows, scale_X in zip(slices(code.shape[0], BLOCK), scale, strict=True):
         out[rows] = value[code[rows]] * xp.repeat(scale_X, BLOCK)[: code.shape[1]]
     return out
 
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
+BAND = 2**22  # elements that a thread decodes at a time, 16 MB in float32; on a GPU 64 times as many
+THREADS = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
-class Stored(NamedTuple):
-    """A tensor in a file, and where it lies there. The file stays open: replaced meanwhile, it is read as it was."""
+class Stored(Matrix):
+    """A tensor in a file. One that finds no room in memory is a matrix as it lies there: each product decodes it anew,
+    in bands of rows, each multiplied by the thread that decoded it."""
 
-    file: object
-    mapped: mmap.mmap
-    dtype: str
-    shape: tuple
-    offset: int
+    def __init__(self, path, kind, shape, offset):
+        self.path, self.kind, self.shape, self.offset = path, kind, shape, offset
+        self.dtype = self.scale = None  # of the computation; the Stored scales of an FP8 tensor
 
-    def view(self, mapped, part):
-        """Some rows (a slice) over mapped bytes, as stored: BF16 as uint16, FP8 as uint8."""
-        dtype = np.dtype(STORED[self.dtype])
-        offset = self.offset + part.start * math.prod(self.shape[1:]) * dtype.itemsize
-        return np.ndarray((part.stop - part.start, *self.shape[1:]), dtype, mapped, offset)
+    def view(self):
+        """As stored, mapped into memory: BF16 as uint16, FP8 as uint8."""
+        return np.memmap(self.path, STORED[self.kind], "r", self.offset, self.shape)
 
-    def decode(self, part, scale=None):
-        """Some rows as an array of `xp`, BF16 and FP8 (by its scales for these rows) exactly as float32. They are read
-        through a map of their own, as pages count as ours while they are mapped."""
-        stored = to_device(self.view(mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ), part))
-        if self.dtype == "F8_E4M3":
-            return dequantize(stored, scale)
-        return (stored.astype(xp.uint32) << 16).view(xp.float32) if self.dtype == "BF16" else stored
+    def decode(self, rows=slice(None)):
+        """Some rows, BF16 and FP8 exactly, as float32. A slice of FP8 must begin with a block."""
+        stored = xp.asarray(self.view()[rows])
+        if self.kind == "BF16":
+            return (stored.astype(xp.uint32) << 16).view(xp.float32)
+        if self.kind != "F8_E4M3":
+            return stored
+        scale = self.scale.decode(slice(rows.start // BLOCK, -(-rows.stop // BLOCK)))
+        sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times a larger one overflows
+        require(sound, f"{self.path}: a weight_scale_inv is not a number from 0 to 6e35")
+        return dequantize(stored, scale)
+
+    def bands(self, use):
+        """use(rows, slice) for all bands, in threads on the CPU, in turn on a GPU; -> what it returned."""
+        size = (BAND if xp is np else 64 * BAND) // math.prod(self.shape[1:])
+        parts = slices(self.shape[0], max(BLOCK, size // BLOCK * BLOCK))
+        each = THREADS.map if xp is np and len(parts) > 1 else map
+        return list(each(lambda part: use(self.decode(part).astype(self.dtype, copy=False), part), parts))
+
+    def times(self, x_MX):
+        return xp.concatenate(self.bands(lambda band_YX, part: product(x_MX, band_YX)), axis=1)
+
+    def whole(self):
+        out = xp.empty(self.shape, self.dtype)
+        self.bands(lambda rows, part: out.__setitem__(part, rows))
+        return out
+
+    def __getitem__(self, ids):
+        return self.decode(to_host(ids)).astype(self.dtype, copy=False)
 
 
 def read_safetensors(path):
-    """A file's tensors, name -> Stored, if the safetensors library finds the file sound. The format: 8 bytes, the length
-    n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}, and "__metadata__"; the tensors' bytes."""
+    """A file's tensors, name -> Stored, if the safetensors library finds it sound. The format: 8 bytes, the length n of
+    the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}, and "__metadata__"; the tensors' bytes."""
     try:
         safetensors.safe_open(path, "np")
-        file = open(path, "rb")  # noqa: SIM115
-        length = int.from_bytes(file.read(8), "little")
-        header, mapped = json.loads(file.read(length)), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (OSError, safetensors.SafetensorError) as e:
         raise InputError(f"{path}: {first_line(e)}; is the download complete?") from None
     header.pop("__metadata__", None)
-    return {name: Stored(file, mapped, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return {name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()}  # fmt: skip
 
 
@@ -1015,56 +990,15 @@ def read_shards(directory):
     index = Path(directory) / "model.safetensors.index.json"
     if not index.exists():
         return read_safetensors(index.with_name("model.safetensors"))
-    weight_map, shards = read_json(index).get("weight_map"), {}
-    require(isinstance(weight_map, dict) and weight_map, f"{index}: lacks weight_map, which tensor is in which file")
-    for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard.isprintable() and os.path.basename(shard) == shard != ""
+    weight_map = read_json(index).get("weight_map")
+    require(isinstance(weight_map, dict), f"{index}: lacks weight_map, which says which tensor is in which file")
+    for shard in weight_map.values():
+        plain = isinstance(shard, str) and shard.isprintable() and os.path.basename(shard) == shard
         require(plain, f"{index}: {shard!r:.99} is not a plain file name; shards lie beside the index")
-        if shard not in shards:
-            shards[shard] = read_safetensors(Path(directory) / shard)
+    shards = {shard: read_safetensors(index.with_name(shard)) for shard in set(weight_map.values())}
+    for name, shard in weight_map.items():
         require(name in shards[shard], f"{index}: places {name!r:.99} in {shard}, which lacks it; download both again")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
-
-
-BAND = 2**22  # elements that a thread decodes at a time, 16 MB in float32; on a GPU 64 times as many
-
-
-@functools.cache
-def threads():
-    """One for each core that this process may use."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-
-
-class OnDisk(Matrix):
-    """A matrix that finds no room in memory: each product decodes it anew, in bands of rows, each multiplied by the
-    thread that decoded it."""
-
-    def __init__(self, stored, scale, dtype):
-        self.stored, self.scale, self.shape, self.dtype = stored, scale, stored.shape, dtype
-
-    def rows(self, part):
-        """Decoded rows; the first one must begin a block."""
-        scale = None if self.scale is None else self.scale[part.start // BLOCK : -(-part.stop // BLOCK)]
-        return self.stored.decode(part, scale).astype(self.dtype, copy=False)
-
-    def bands(self, use):
-        """use(band), for all bands in turn."""
-        limit = BAND if xp is np else 64 * BAND
-        parts = slices(self.shape[0], max(BLOCK, limit // math.prod(self.shape[1:]) // BLOCK * BLOCK))
-        each = threads().map if xp is np and len(parts) > 1 else map
-        return list(each(lambda part: use(self.rows(part)), parts))
-
-    def times(self, x_MX):
-        return xp.concatenate(self.bands(lambda band_YX: product(x_MX, band_YX)), axis=1)
-
-    def whole(self):
-        parts = self.bands(lambda band_YX: band_YX)
-        return parts[0] if len(parts) == 1 else xp.concatenate(parts)
-
-    def __getitem__(self, index):
-        ids = to_host(index) % self.shape[0]
-        rows = [self.rows(slice(i - i % BLOCK, i + 1))[-1] for i in ids.flat]
-        return xp.stack(rows).reshape(*ids.shape, -1)
 
 
 def system_bytes(path, key):
@@ -1075,73 +1009,62 @@ def system_bytes(path, key):
         return 0
 
 
-class Checkpoint(Mapping):
+class Checkpoint:
     """The weights in a directory: tensor name -> array of `xp` in `dtype`, or a Matrix; decoded when first used.
 
-    directory: holds model.safetensors, or shards and their index. Only the tensors of `tensor_shapes` are members, each
-    checked for its presence, shape and dtype now; those of absent MTP modules are not. On a GPU where all fits,
-    `{layer}.mlp.experts.{part}_proj.weight` is that part of all experts in one array.
-
-    memory: bytes that decoded tensors may take, by default 70 % of what is free (in a container with a limit, say so
-    here). First come, first kept: of layers walked through in turn always the same stay. Raises InputError.
+    Only the tensors of `tensor_shapes` are members, each checked for its presence, shape and dtype at once; those of
+    absent MTP modules are not. On a GPU where all fits, `{layer}.mlp.experts.{part}_proj.weight` is that part of all
+    experts in one array. memory: bytes that decoded tensors may take, by default 70 % of what is free. First come,
+    first kept: of layers walked through in turn always the same stay. Raises InputError.
     """
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
-        self.directory, self.dtype, self.kept, self.stored = directory, np.dtype(dtype), {}, read_shards(directory)
+        self.kept, self.stored = {}, read_shards(directory)
         self.cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(self.stored, cfg))
-        self.shapes = tensor_shapes(self.cfg)
-        missing = [name for name in self.shapes if name not in self.stored]
-        require(not missing, f"{directory}: {len(missing)} tensors are missing, {missing[:1]} first; "
-                "is the download complete, and does config.json belong to it?")  # fmt: skip
+        self.shapes, size = tensor_shapes(self.cfg), 0
         for name, shape in self.shapes.items():
-            self.check(name, shape)
+            require(name in self.stored, f"{directory} lacks {name}; does its config.json belong to it?")
+            stored = self.stored[name]
+            self.check(name, stored, shape)
+            wide_only = ".mlp.gate." in name  # the router computes in float32 or better
+            stored.dtype = np.promote_types(dtype, np.float32) if wide_only else np.dtype(dtype)
+            size += math.prod(shape) * stored.dtype.itemsize
         if memory is None:
             free = system_bytes("/proc/meminfo", "MemAvailable") if xp is np else xp.cuda.runtime.memGetInfo()[0]
             memory = 0.7 * (free or math.inf)
-        size = sum(math.prod(shape) * self.dtype_of(name).itemsize for name, shape in self.shapes.items())
         self.room, self.stacks = memory, xp is not np and size <= memory
 
-    def check(self, name, shape):
-        """Refuse a tensor of another shape, of a dtype that no weight has, and FP8 without its scales."""
-        stored, where = self.stored[name], f"{self.directory}: {name}"
-        require(stored.dtype in STORED, f"{where} has dtype {stored.dtype}, not one of {', '.join(STORED)}")
-        require(stored.shape == shape, f"{where} has shape {list(stored.shape)}, config.json says {list(shape)}")
-        if stored.dtype == "F8_E4M3":
+    def check(self, name, stored, shape):
+        """Refuse a tensor of another shape, a dtype that no weight has, and FP8 without its scales."""
+        require(stored.kind in STORED, f"{name} has dtype {stored.kind}, not one of {', '.join(STORED)}")
+        require(stored.shape == shape, f"{name} has shape {list(stored.shape)}, config.json says {list(shape)}")
+        if stored.kind == "F8_E4M3":
+            linear_map = len(shape) == 2 and name != "model.embed_tokens.weight"
+            require(linear_map, f"{name} is FP8, which only the matrix of a linear map can be")
             scale, grid = self.stored.get(f"{name}_scale_inv"), tuple(-(-n // BLOCK) for n in shape)
-            require(len(shape) == 2, f"{where} is FP8, which only a matrix can be")
-            require(scale and scale.shape == grid and scale.dtype in ("F32", "BF16"),
-                    f"{where} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")  # fmt: skip
-
-    def dtype_of(self, name):
-        """That of a decoded tensor: the routers' are float32 or better."""
-        return np.promote_types(self.dtype, np.float32) if ".mlp.gate." in name else self.dtype
-
-    def scale(self, name):
-        """The scales of an FP8 matrix, None for another. Above 6e35, 448 times the scale overflows."""
-        if self.stored[name].dtype != "F8_E4M3":
-            return None
-        stored = self.stored[f"{name}_scale_inv"]
-        scale = stored.decode(slice(0, stored.shape[0]))
-        require(((scale >= 0) & (scale < 6e35)).all(), f"{self.directory}: {name}_scale_inv must be from 0 to 6e35")
-        return scale
+            require(scale and scale.shape == grid and scale.kind in ("F32", "BF16"),
+                    f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")  # fmt: skip
+            stored.scale = scale
 
     def __getitem__(self, name):
         if name in self.kept:
             return self.kept[name]
-        if name not in self.shapes:
+        if name not in self.shapes and name in self:
             return self.stack(name)
-        stored, dtype = self.stored[name], self.dtype_of(name)
-        is_matrix, size = len(stored.shape) == 2 and ".mlp.gate." not in name, math.prod(stored.shape) * dtype.itemsize
-        if xp is np and STORED[stored.dtype] == dtype.str:  # nothing to decode: it stays mapped
-            array = stored.view(stored.mapped, slice(0, stored.shape[0]))
+        stored = self.stored[name]
+        is_matrix = len(stored.shape) == 2 and ".mlp.gate." not in name
+        size = math.prod(stored.shape) * stored.dtype.itemsize
+        if xp is np and STORED[stored.kind] == stored.dtype.str:  # nothing to decode: it stays mapped
+            array, size = np.asarray(stored.view()), 0
+        elif is_matrix and size > self.room:
+            return stored
         else:
-            matrix = OnDisk(stored, self.scale(name), dtype)
-            if size > self.room:
-                return matrix if is_matrix else matrix.whole()
+            array = stored.whole()
+        found = Matrix(array) if is_matrix else array
+        if size <= self.room:
             self.room -= size
-            array = matrix.whole()
-        self.kept[name] = Matrix(array) if is_matrix else array
-        return self.kept[name]
+            self.kept[name] = found
+        return found
 
     def stack(self, name):
         """All experts' matrices of one kind in one array; by their own names they become views of it."""
@@ -1152,12 +1075,6 @@ class Checkpoint(Mapping):
 
     def __contains__(self, name):
         return name in self.shapes or (self.stacks and re.search(r"\.experts\.\w+_proj\.weight$", name) is not None)
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def __len__(self):
-        return len(self.shapes)
 
 
 # ---- 10. Generation ------------------------------------------------------------------------------------------------
@@ -1179,29 +1096,6 @@ class Sampling:
     def __post_init__(self):
         sound = 0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1 and self.seed >= 0
         require(sound, f"temperature, top-k and seed must be 0 or more, top-p above 0 and at most 1: {self}")
-
-
-@dataclass
-class Stats:
-    """What a generation did; `generate` fills it in. The first token of each row belongs to the prompt's time."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    rows: int = 0
-    cache_bytes: int = 0
-    times: list = field(default_factory=list)  # seconds, at the start and after each round
-
-    def line(self):
-        def rate(tokens, times):
-            return f"{tokens / (times[-1] - times[0]) if len(times) > 1 else 0:.1f} tok/s"
-
-        peak = system_bytes("/proc/self/status", "VmHWM") if xp is np else xp.get_default_memory_pool().total_bytes()
-        return (f"prompt: {self.prompt_tokens} tokens, {rate(self.prompt_tokens, self.times[:2])}"
-                f" · new: {self.new_tokens} tokens, {rate(self.new_tokens - self.rows, self.times[1:])}"
-                f" · drafted {self.drafted}, accepted {self.accepted}"
-                f" · cache {self.cache_bytes / 1000:.0f} KB · peak memory {peak / 1e6:.0f} MB")  # fmt: skip
 
 
 def distribution(logits_W, sampling):
@@ -1255,13 +1149,12 @@ def pad(rows):
 def check_prompts(prompts, cfg, max_tokens):
     """Raise InputError for prompts that cannot be continued by max_tokens."""
     require(len(prompts) and max_tokens >= 0, "generation needs a prompt, and 0 or more tokens to make")
+    most = cfg.max_position_embeddings - max_tokens
     for n, prompt in enumerate(prompts):
-        require(len(prompt), f"prompt {n} is empty: it needs at least one token")
+        fits = 0 < len(prompt) <= most
+        require(fits, f"prompt {n} has {len(prompt)} tokens, not 1 to {most}, the model's positions less the new ones")
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
         require(not bad, f"prompt {n}: token id {bad[:1]!s:.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
-        require(len(prompt) + max_tokens <= cfg.max_position_embeddings,
-                f"prompt {n} has {len(prompt)} tokens; with {max_tokens} new ones that is more than the model's "
-                f"{cfg.max_position_embeddings} positions: shorten it, or make fewer")  # fmt: skip
 
 
 @dataclass
@@ -1271,6 +1164,7 @@ class Row:
     feed: list  # its tokens that the cache does not hold yet: the prompt at first, then the last token
     left: int  # how many tokens may still be made
     rng: np.random.Generator
+    start: int = 0  # how many tokens the cache holds
     draft: list = field(default_factory=list)  # of the token after `feed`: one, or none
     q_W: np.ndarray | None = None  # what the draft was drawn from
 
@@ -1285,85 +1179,70 @@ class Row:
         return [token, draw(distribution(logits_XW[1], sampling), self.rng)] if accepted else [token]
 
 
-def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, cache=None, stats=None, chunk=CHUNK):
+def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, stats=None, chunk=CHUNK):
     """Continue each prompt; yields (row, token) as tokens are made. A row ends after max_tokens or a token in `stop`.
 
     prompts: lists of token ids, of any lengths; rows do not influence each other, and row b draws from its own random
-    stream (seed, b). speculate: draft with the first MTP module, if there is one; this changes the speed, not the
-    distribution, and not one token of greedy output (unless two logits, or two affinities, are equal but for rounding).
-    cache: of an earlier call with as many prompts; what its tokens and the prompts have in common is not computed
-    again. Bad arguments raise InputError before any work.
+    stream (seed, b). stats: a Counter of drafted, accepted, cache_bytes. speculate: draft with the first MTP module, if
+    there is one. This changes the speed, not the distribution, and not one token of greedy output (unless two logits,
+    or two affinities, are equal but for rounding).
 
-    Speculation, with t_n the last token: the main model sees [t_n, draft of t_n+1] in one pass. If `verify` accepts the
-    draft, both it and the token after it are known; if not, only the token in its place, and the draft's cache entry is
-    left to be overwritten. The MTP module then sees the new pairs (h_i, t_i+1) and drafts again. Its pairs hold only
-    verified tokens and states, so its cache is right after every accept and reject.
+    With t_n the last token, the main model sees [t_n, draft of t_n+1] in one pass. If `verify` accepts the draft, both
+    it and the token after it are known; if not, only the token in its place, and the draft's cache entry is left to be
+    overwritten. The MTP module then sees the new pairs (h_i, t_i+1) and drafts again. Its pairs hold only verified
+    tokens and states, so its cache is right after every accept and reject.
     """
-    sampling, stats, B = sampling or Sampling(), stats or Stats(), len(prompts)
+    sampling, stats, B = sampling or Sampling(), Counter() if stats is None else stats, len(prompts)
     check_prompts(prompts, cfg, max_tokens)
-    cache = cache or Cache(B, max(map(len, prompts)) + max_tokens + 1)  # the last draft may lie one past the end
-    require(len(cache.tokens) == B, f"the cache has {len(cache.tokens)} rows, there are {B} prompts")
-    rows = [begin(prompt, cache.tokens[b], max_tokens, [sampling.seed, b]) for b, prompt in enumerate(prompts)]
-    stats.prompt_tokens, stats.rows, stats.times = sum(len(row.feed) for row in rows), B, [time.perf_counter()]
+    cache = Cache(B, max(map(len, prompts)) + max_tokens + 2)  # a row that is done is fed two more at most
+    streams = [np.random.default_rng([sampling.seed, b]) for b in range(B)]
+    rows = [Row(list(prompt), max_tokens, rng) for prompt, rng in zip(prompts, streams, strict=True)]
     while True:
-        start_B, token_BT = np.array([len(held) for held in cache.tokens]), pad([row.feed + row.draft for row in rows])
-        h_BTD = in_chunks(lambda part: forward(token_BT[:, part], w, cfg, cache, start_B + part.start), token_BT, chunk)
-        new = choose(rows, h_BTD, w, cfg, sampling)
-        stats.cache_bytes = cache.nbytes
+        start_B, token_BT = np.array([row.start for row in rows]), pad([row.feed + row.draft for row in rows])
+        h_BTD = forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk)
+        logits_BXW = logits_from([len(row.feed) - 1 for row in rows], 1 + any(row.draft for row in rows), h_BTD, w, cfg)
+        new = [row.choose(logits_XW, sampling) for row, logits_XW in zip(rows, logits_BXW, strict=True)]
+        stats["cache_bytes"] = cache.nbytes
         for b, (row, tokens) in enumerate(zip(rows, new, strict=True)):
-            stats.drafted += len(row.draft)
-            stats.accepted += len(tokens) == 2
+            stats["drafted"] += len(row.draft)
+            stats["accepted"] += len(tokens) == 2
             for token in tokens:
                 if row.left:
                     row.left = 0 if token in stop else row.left - 1
-                    stats.new_tokens += 1
                     yield b, token
         if speculate and mtp_depth(w, cfg) and any(row.left for row in rows):
             draw_drafts(rows, new, h_BTD, w, cfg, cache, start_B, sampling, chunk)
-        stats.times.append(time.perf_counter())
         if not any(row.left for row in rows):
             return
-        for held, row, tokens in zip(cache.tokens, rows, new, strict=True):
-            held += (row.feed + tokens)[:-1] if tokens else []
-            row.feed = tokens[-1:] or row.feed
+        for row, tokens in zip(rows, new, strict=True):
+            if tokens:
+                row.start, row.feed = row.start + len(row.feed + tokens) - 1, tokens[-1:]
 
 
-def begin(prompt, held, max_tokens, seed):
-    """A row of a generation. What the prompt has in common with what the cache holds is not fed again, except for the
-    last token in common: the MTP module's entry for it was made with the token after it."""
-    common = len(os.path.commonprefix([held, list(prompt)]))
-    del held[max(0, common - 1) :]
-    return Row(list(prompt[len(held) :]), max_tokens, np.random.default_rng(seed))
+def forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk, k=0, h_BTD=None):
+    """`forward`, or for k > 0 `mtp` of module k from states h, with `chunk` positions going through at a time."""
 
+    def step(part):
+        given = token_BT[:, part], w, cfg, cache, start_B + part.start
+        return mtp(k, h_BTD[:, part], *given) if k else forward(*given)
 
-def in_chunks(step, token_BT, chunk):
-    """step(slice) -> (B, t, D) over `chunk` positions of token_BT at a time, joined to (B, T, D)."""
-    parts = [step(part) for part in slices(token_BT.shape[1], chunk)]
-    return parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=1)
+    return xp.concatenate([step(part) for part in slices(token_BT.shape[1], chunk)], axis=1)
 
 
 def logits_from(first, count, h_BTD, w, cfg):
     """The logits of `count` states of each row b, from h[b, first[b]] on, on the host: (B, count, W)."""
     B, T, _ = h_BTD.shape
     index = (np.array(first)[:, None] + np.arange(count)) % T  # rows that are done may point anywhere
-    return to_host(head(h_BTD[xp.arange(B)[:, None], to_device(index)], w, cfg))
+    return to_host(head(h_BTD[xp.arange(B)[:, None], xp.asarray(index)], w, cfg))
 
 
-def choose(rows, h_BTD, w, cfg, sampling):
-    """Each row's new tokens after the states of what it was fed: none if it is done, else one or two."""
-    logits_BXW = logits_from([len(row.feed) - 1 for row in rows], 1 + any(row.draft for row in rows), h_BTD, w, cfg)
-    return [row.choose(logits_BXW[b], sampling) if row.left else [] for b, row in enumerate(rows)]
-
-
-def draw_drafts(rows, new, h_BXD, w, cfg, cache, start_B, sampling, chunk):
+def draw_drafts(rows, new, h_BTD, w, cfg, cache, start_B, sampling, chunk):
     """Show the MTP module the pairs (h_i, t_i+1) that this round's new tokens complete; draw each live row's draft."""
     pairs = [(row.feed + tokens)[1:] for row, tokens in zip(rows, new, strict=True)]
-    token_BT = pad(pairs)
-    h_BTD = in_chunks(lambda part: mtp(1, h_BXD[:, part], token_BT[:, part], w, cfg, cache, start_B + part.start),
-                      token_BT, chunk)  # fmt: skip
+    h_BTD = forward_in_chunks(pad(pairs), w, cfg, cache, start_B, chunk, 1, h_BTD)
     logits_BXW = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
-    for b, row in enumerate(rows):
-        row.q_W = distribution(logits_BXW[b, 0], sampling) if row.left else None
+    for row, logits_XW in zip(rows, logits_BXW, strict=True):
+        row.q_W = distribution(logits_XW[0], sampling) if row.left else None
         row.draft = [draw(row.q_W, row.rng)] if row.left else []
 
 
@@ -1375,39 +1254,28 @@ def trace(prompts, w, cfg, chunk=CHUNK):
     within the prompt, so its arrays have T - k rows.
     """
     check_prompts(prompts, cfg, 0)
-    token_BX, named = pad(prompts), {}
-    (B, X), cache = token_BX.shape, Cache(len(prompts)) if chunk else None
-
-    def run(name, module, token_BX):
-        def step(part):
-            with recording() as parts:
-                h_BTD = module(part, token_BX[:, part], w, cfg, cache, np.full(B, part.start))
-                record(name, head(h_BTD, w, cfg))
-            for name_, x in parts.items():
-                named.setdefault(name_, []).append(to_host(x))
-            return h_BTD
-
-        return in_chunks(step, token_BX, chunk or X)
-
-    h_BXD = run("lm_head", lambda part, *given: forward(*given), token_BX)
-    for k in range(1, min(mtp_depth(w, cfg), X - 1) + 1):
-        name, before_BXD = f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head", h_BXD
-        h_BXD = run(name, lambda part, *given: mtp(k, before_BXD[:, part], *given), token_BX[:, k:])
-    named = {name: np.concatenate(parts, axis=1) for name, parts in named.items()}
-    return {(f"{n}/" if B > 1 else "") + name: x[n, : max(0, x.shape[1] - X + len(prompt))]
+    token_BT = pad(prompts)
+    (B, T), layers = token_BT.shape, cfg.num_hidden_layers
+    given = w, cfg, Cache(B, T) if chunk else None, np.zeros(B, int), chunk or T
+    with recording() as named:
+        h_BTD = forward_in_chunks(token_BT, *given)
+        record("lm_head", head(h_BTD, w, cfg))
+        for k in range(1, min(mtp_depth(w, cfg), T - 1) + 1):
+            h_BTD = forward_in_chunks(token_BT[:, k:], *given, k, h_BTD)
+            record(f"model.layers.{layers + k - 1}.shared_head", head(h_BTD, w, cfg))
+    return {(f"{n}/" if B > 1 else "") + name: to_host(x)[n, : max(0, x.shape[1] - T + len(prompt))]
             for n, prompt in enumerate(prompts) for name, x in named.items()}  # fmt: skip
 
 
-def write_trace(path, make):
-    """Write the arrays that make() returns, as .safetensors or else .npz: opened before the work, renamed after it, so
-    that what stands at the path is whole, or as it was."""
+def write_trace(path, named):
+    """Write arrays as .safetensors or else .npz; what stands at the path is whole, or as it was."""
     part = Path(f"{path}.part")
     try:
         with part.open("wb") as file:
             if path.endswith(".safetensors"):
-                file.write(safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in make().items()}))
+                file.write(safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in named.items()}))
             else:
-                np.savez(file, **make())
+                np.savez(file, **named)
         part.replace(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be written: {e.strerror}") from None
@@ -1420,8 +1288,6 @@ def write_trace(path, make):
 # Text goes to stdout, everything else to stderr, and what cannot be done is refused in one line.
 
 OPENING = "Once upon a time"  # the prompt where none is given
-WHAT_ELSE = """what else: --prompt "Tom had a kite" goes on from there, --temperature 0.7 --seed 1 tells it differently,
---weights DIR runs another checkpoint, --inspect counts parameters and cache, --help lists all flags"""
 
 
 def say(text):
@@ -1433,28 +1299,21 @@ def first_line(error):
 
 
 def choose_device(wanted):
-    """(namespace, reason) for auto, cpu or gpu: auto takes the GPU if it works, gpu raises InputError otherwise."""
+    """The namespace. auto takes the GPU if CuPy works, and says why if it is there but does not; gpu insists."""
     if wanted == "cpu":
-        return np, "asked for"
+        return np
     try:
         import cupy
 
         one = cupy.ones((2, 2), np.float32)
         float((one @ one).sum())  # CUDA's libraries are loaded late: NVRTC by a kernel, cuBLAS by a product
-        return cupy, cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        return cupy
     except Exception as e:  # of any kind: a kernel that does not compile raises a bare Exception
-        reason = f"CuPy does not work: {first_line(e)}"
-    require(wanted != "gpu", f'--device gpu: {reason}; pip install "cupy-cuda13x[ctk]", or cupy-cuda12x, by the driver '
-            "that nvidia-smi names")  # fmt: skip
-    return np, reason
-
-
-def activated(cfg):
-    """How many parameters of the main model a token meets, embedding and head included."""
-    shapes = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
-    sparse = sum(not cfg.is_dense(layer) for layer in range(cfg.num_hidden_layers))
-    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok)
-    return sum(map(math.prod, shapes.values())) - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
+        why, absent = first_line(e), isinstance(e, ModuleNotFoundError)
+    require(wanted != "gpu", f'--device gpu: {why}; pip install "cupy-cuda13x[ctk]" or cupy-cuda12x, by the driver')
+    if not absent:
+        say(f"note: on the CPU, since CuPy does not work: {why}")
+    return np
 
 
 def inspect(cfg):
@@ -1469,15 +1328,22 @@ def inspect(cfg):
     print(f"parameters of MTP modules     {modules:>19,}  beside the shared embedding and head")
     print(f"cache elements per token      {latent * layers:>19,}  {2 * latent * layers:,} bytes in BF16")
     for label, heads in (("MHA", H), ("GQA, 8 key heads", 8), ("MQA", 1)):
-        if H % heads == 0:
-            print(f"  with {label:<22} {heads * pair * layers:>19,}  {heads * pair / latent:.1f} times as many")
+        print(f"  with {label:<22} {heads * pair * layers:>19,}  {heads * pair / latent:.1f} times as many")
+
+
+def activated(cfg):
+    """How many parameters of the main model a token meets, embedding and head included."""
+    shapes = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
+    sparse = sum(not cfg.is_dense(layer) for layer in range(cfg.num_hidden_layers))
+    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok)
+    return sum(map(math.prod, shapes.values())) - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
 
 
 class Text:
     """A checkpoint's tokenizer.json, with the BOS and the chat template that its tokenizer_config.json may ask for."""
 
     def __init__(self, directory):
-        path, settings = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
+        path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
         require(path.exists(), f"{directory} has no tokenizer.json: give token ids with --tokens")
         try:
             import tokenizers
@@ -1488,25 +1354,20 @@ class Text:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-        settings, template = read_json(settings) if settings.exists() else {}, path.with_name("chat_template.jinja")
+        settings, template = read_json(settings) if settings.exists() else {}, directory / "chat_template.jinja"
         self.template = template.read_text("utf-8") if template.exists() else settings.get("chat_template")
-        self.special = {}
-        for key in ("bos_token", "eos_token"):  # a string, or an object that holds it
-            token = settings.get(key)
-            self.special[key] = str(token.get("content", "") if isinstance(token, dict) else token or "")
+        special = {key: settings.get(key) or "" for key in ("bos_token", "eos_token")}  # a string, or in an object
+        self.special = {key: x["content"] if isinstance(x, dict) else x for key, x in special.items()}
         self.bos = self.tokenizer.token_to_id(self.special["bos_token"]) if settings.get("add_bos_token") else None
 
     def encode(self, text):
         """Token ids of a prompt, with BOS before it, once, if the tokenizer or its configuration says so."""
-        try:
-            ids = self.tokenizer.encode(text).ids
-        except (TypeError, UnicodeEncodeError):
-            raise InputError("the prompt is not valid Unicode: it holds a lone surrogate, or was not UTF-8") from None
+        ids = self.tokenizer.encode(text).ids
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def encode_chat(self, messages):
-        """Token ids of a conversation. The template is a stranger's program: it runs in Jinja's sandbox. It alone may
-        write special tokens."""
+        """Token ids of a conversation. The template is a stranger's program: it runs in Jinja's sandbox, and it alone
+        may write special tokens."""
         require(self.template, "this checkpoint has no chat template; --prompt continues text")
         for token in self.tokenizer.get_added_tokens_decoder().values():
             spelled = any(token.content in each["content"] for each in messages if each["role"] == "user")
@@ -1522,30 +1383,20 @@ class Text:
 
 
 def end_tokens(directory):
-    """The ids that end a text, of generation_config.json or else of config.json, which give one id, a list or null."""
-    for path in (Path(directory) / "generation_config.json", Path(directory) / "config.json"):
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            require(all(type(t) is int for t in ids), f"{path}: eos_token_id must be ids")
-            return set(ids)
-    return set()
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line, as everything else does."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the flags")
+    """The ids that end a text: one, a list or null, in generation_config.json or else in config.json."""
+    path = directory / "generation_config.json"
+    ids = (read_json(directory / "config.json") | (read_json(path) if path.exists() else {})).get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids]
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy; without arguments, a story.")
+    parser = argparse.ArgumentParser("deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy.")
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags")  # in one line, as everything
     flag, weights = parser.add_argument, Path(__file__).resolve().parent / "weights"
     flag("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - is stdin; repeatable")
-    flag("--tokens", action="append", default=[], metavar="IDS", help='token ids instead: "3 14 15"; repeatable')
+    flag("--tokens", action="append", default=[], type=token_ids, metavar="IDS", help='token ids instead: "3 14 15"')
     flag("--weights", type=Path, default=weights, metavar="DIR", help="checkpoint (default: weights/ beside this file)")
-    flag("-n", "--max-tokens", "--max-new-tokens", type=int, metavar="N", help="new tokens (default 200; with --trace 0)")
+    flag("-n", "--max-tokens", "--max-new-tokens", type=int, metavar="N", help="new tokens (200; with --trace 0)")
     flag("--temperature", "--temp", type=float, default=0.0, metavar="T", help="default 0: always the likeliest token")
     flag("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that together reach P")
     flag("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; default 0: all")
@@ -1564,55 +1415,56 @@ def parse_arguments(argv):
     require(args.chunk >= 1, f"--chunk must be 1 or more, not {args.chunk}")
     require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
     require(not (args.chat and (args.tokens or args.trace)), "--chat takes no --tokens or --trace")
+    args.prompt = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in args.prompt]
+    "".join(args.prompt).encode()  # UnicodeError for an argument that was not UTF-8
     return args
 
 
-def read_prompt(text):
-    """A --prompt: itself, or for "-" what stdin holds, without one final newline."""
-    try:
-        return text if text != "-" else sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError:
-        raise InputError("stdin is not UTF-8") from None
-
-
-def read_ids(text):
+def token_ids(text):
     """A --tokens: integers, separated by spaces or commas."""
-    try:
-        return [int(token) for token in text.replace(",", " ").split()]
-    except ValueError:
-        raise InputError(f"--tokens takes integers separated by spaces, not {text!r:.99}") from None
+    return [int(token) for token in text.replace(",", " ").split()]
 
 
-def respond(prompts, go_on, text, stop, cache=None):
+def respond(prompts, go_on, text, stop):
     """Generate, printing the first sequence as it grows and the others after it, then the line of statistics, even when
     interrupted. go_on: `generate`, given the prompts. -> the tokens of each."""
-    stats, made, streams = Stats(), [[] for _ in prompts], [text and text.new_stream() for _ in prompts]
-
-    def show(b, i):
-        """The text that token i of row b completes, never half a character; without a tokenizer its id."""
-        if text is None:
-            return f"{' ' if i else ''}{made[b][i]}"
-        return "" if made[b][i] in stop else streams[b].step(text.tokenizer, made[b][i]) or ""
-
+    stats, made, times = Counter(), [[] for _ in prompts], [time.perf_counter()]
+    stream = text and text.new_stream()
     try:
-        for b, token in go_on(prompts, stop=stop, cache=cache, stats=stats):
+        for b, token in go_on(prompts, stop=stop, stats=stats):
+            times += [] if len(times) > 1 else [time.perf_counter()]
+            if b == 0 and not text:
+                print(f"{' ' if made[0] else ''}{token}", end="", flush=True)
+            elif b == 0 and token not in stop:
+                print(stream.step(text.tokenizer, token) or "", end="", flush=True)  # never half a character
             made[b].append(token)
-            print(show(b, len(made[b]) - 1) if b == 0 else "", end="", flush=True)
     finally:
         print(flush=True)
-        for b in range(1, len(prompts)):
-            print("".join(show(b, i) for i in range(len(made[b]))), flush=True)
-        say(stats.line())
+        for tokens in made[1:]:
+            print(text.tokenizer.decode([t for t in tokens if t not in stop]) if text else " ".join(map(str, tokens)))
+        say(statistics(sum(map(len, prompts)), made, stats, [*times, time.perf_counter()]))
     return made
 
 
+def statistics(prompt, made, stats, times):
+    """The line of statistics. times: the beginning, the first token if there is one, the end. The first token of each
+    row belongs to the prompt's time."""
+    new = sum(map(len, made))
+    later = new - sum(map(bool, made))
+    peak = system_bytes("/proc/self/status", "VmHWM") if xp is np else xp.get_default_memory_pool().total_bytes()
+    return (f"prompt: {prompt} tokens, {prompt / (times[1] - times[0]):.1f} tok/s"
+            f" · new: {new} tokens, {later / (times[-1] - times[1]) if later else 0:.1f} tok/s"
+            f" · drafted {stats['drafted']}, accepted {stats['accepted']}"
+            f" · cache {stats['cache_bytes'] / 1000:.0f} KB · peak memory {peak / 1e6:.0f} MB")  # fmt: skip
+
+
 def converse(turns, go_on, text, stop):
-    """Each of the given turns, then each line of stdin, is answered; the cache goes from turn to turn."""
-    messages, cache = [], Cache(1)
+    """Each of the given turns, then each line of stdin, is answered."""
+    messages = []
     text.encode_chat(messages)  # refuses a checkpoint that cannot chat, first of all
-    for turn in itertools.chain(map(read_prompt, turns), sys.stdin):
+    for turn in itertools.chain(turns, sys.stdin):
         messages.append({"role": "user", "content": turn.strip()})
-        made = respond([text.encode_chat(messages)], go_on, text, stop, cache)
+        made = respond([text.encode_chat(messages)], go_on, text, stop)
         answer = text.tokenizer.decode([token for token in made[0] if token not in stop])
         messages.append({"role": "assistant", "content": answer})
 
@@ -1620,23 +1472,16 @@ def converse(turns, go_on, text, stop):
 def run(args):
     """Do what the arguments ask for."""
     global xp
-    there = args.weights.is_dir() and any(args.weights.glob("model.safetensors*"))
     cfg = read_config(args.weights)
     if args.inspect:
+        there = args.weights.is_dir() and any(args.weights.glob("model.safetensors*"))
         inspect(Checkpoint(args.weights, cfg).cfg if there else cfg)
         return
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    xp, reason = choose_device(args.device)
-    if args.device == "auto" and "does not work" in reason and "No module named 'cupy'" not in reason:
-        say(f"note: on the CPU, since {reason}")
+    sampling, xp = Sampling(args.temperature, args.top_k, args.top_p, args.seed), choose_device(args.device)
     text, stop = None if args.tokens else Text(args.weights), end_tokens(args.weights)
     w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
     pays = xp is not np or activated(cfg) <= 2**24  # in a larger model a second row costs nearly as much as the first
     speculate = pays if args.mtp is None else args.mtp
-    if mtp_depth(w, cfg) and not speculate and args.mtp is None:
-        say("note: no speculation, which does not pay on NumPy in a model of this size; --mtp turns it on")
-    if args.mtp and not mtp_depth(w, cfg):
-        say("note: no speculation, for which this checkpoint lacks the MTP module")
 
     def go_on(prompts, **given):
         return generate(prompts, w, cfg, args.max_tokens, sampling, speculate=speculate, chunk=args.chunk, **given)
@@ -1644,28 +1489,23 @@ def run(args):
     if args.chat:
         converse(args.prompt, go_on, text, stop)
         return
-    prompts = [read_ids(ids) for ids in args.tokens] or [text.encode(read_prompt(t)) for t in args.prompt or [OPENING]]
+    prompts = args.tokens or [text.encode(prompt) for prompt in args.prompt or [OPENING]]
     check_prompts(prompts, cfg, args.max_tokens)
-    if args.trace is not None:
-        write_trace(args.trace, lambda: trace(prompts, w, cfg, args.chunk))
-    story = not (args.prompt or args.tokens)
-    print(OPENING if story else "", end="", flush=True)
+    if args.trace:
+        write_trace(args.trace, trace(prompts, w, cfg, args.chunk))
+    if not (args.prompt or args.tokens):
+        print(OPENING, end="", flush=True)
     respond(prompts, go_on, text, stop)
-    if story:
-        say(WHAT_ELSE)
 
 
 def main(argv=None):
     """The command line. Exit codes: 0 done, 2 refused in one line, 130 interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal cannot show
     try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
         run(parse_arguments(argv))
-    except InputError as e:
-        say(f"deepseek_v3.py: {e}")
-        return 2
-    except MemoryError as e:
-        say(f"deepseek_v3.py: out of memory: {first_line(e)}; a smaller --memory, --chunk, batch or prompt may fit")
+    except (InputError, MemoryError, UnicodeError) as e:  # too large, or text that is not UTF-8
+        say(f"deepseek_v3.py: {first_line(e)}")
         return 2
     except KeyboardInterrupt:
         return 130
