@@ -355,7 +355,7 @@ def mla_expand(kv_BSL, w, name, cfg):
     return xp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1), v_BSHV  # eq. (4)
 
 
-def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
+def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attention=attention):
     """Definition: expand the latents to every head's keys and values, then multi-head attention -> (B, T, H, V)."""
     q_BTHX = xp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)  # eq. (9)
     k_BSHX, v_BSHV = mla_expand(kv_BSL, w, name, cfg)
@@ -615,10 +615,6 @@ class Cache:
             self.layers[layer][b, start : start + count] = kv_BTL[b, :count]
         return self.layers[layer][:, : pos.start_B.max() + kv_BTL.shape[1]]
 
-    @property
-    def nbytes(self):
-        return sum(entry_BSL.nbytes for entry_BSL in self.layers.values())
-
 
 def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """= mla_naive, and no key is ever expanded.
@@ -651,9 +647,7 @@ def mla_computed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     naive, absorbed = S * C * (N + V) + T * S * (N + R + V), T * C * (N + V) + T * S * (C + R + C)  # per head
     if absorbed < naive or B * S * H * (N + R + V) > EXPANDED:
         return mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS)
-    q_BTHX = xp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
-    k_BSHX, v_BSHV = mla_expand(kv_BSL, w, name, cfg)
-    return attend(q_BTHX, k_BSHX, v_BSHV, visible_BTS, softmax_scale(cfg))
+    return mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attend)
 
 
 EXPANDED = 2**29  # elements of all heads' keys and values that are expanded at most
@@ -1013,26 +1007,26 @@ class Checkpoint:
     """The weights in a directory: tensor name -> array of `xp` in `dtype`, or a Matrix; decoded when first used.
 
     Only the tensors of `tensor_shapes` are members, each checked for its presence, shape and dtype at once; those of
-    absent MTP modules are not. On a GPU where all fits, `{layer}.mlp.experts.{part}_proj.weight` is that part of all
-    experts in one array. memory: bytes that decoded tensors may take, by default 70 % of what is free. First come,
-    first kept: of layers walked through in turn always the same stay. Raises InputError.
+    absent MTP modules are not. memory: bytes that decoded tensors may take, by default 70 % of what is free; first
+    come, first kept, as of layers walked through in turn always the same must stay. Raises InputError.
     """
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
-        self.kept, self.stored = {}, read_shards(directory)
+        self.kept, self.stored, size = {}, read_shards(directory), 0
         self.cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(self.stored, cfg))
-        self.shapes, size = tensor_shapes(self.cfg), 0
+        self.shapes = tensor_shapes(self.cfg)
         for name, shape in self.shapes.items():
             require(name in self.stored, f"{directory} lacks {name}; does its config.json belong to it?")
-            stored = self.stored[name]
-            self.check(name, stored, shape)
-            wide_only = ".mlp.gate." in name  # the router computes in float32 or better
-            stored.dtype = np.promote_types(dtype, np.float32) if wide_only else np.dtype(dtype)
+            stored, routes = self.stored[name], ".mlp.gate." in name  # routing is computed in float32 or better
+            stored.dtype = np.promote_types(dtype, np.float32) if routes else np.dtype(dtype)
             size += math.prod(shape) * stored.dtype.itemsize
+            self.check(name, stored, shape)
         if memory is None:
             free = system_bytes("/proc/meminfo", "MemAvailable") if xp is np else xp.cuda.runtime.memGetInfo()[0]
             memory = 0.7 * (free or math.inf)
-        self.room, self.stacks = memory, xp is not np and size <= memory
+        self.room = memory
+        if xp is not np and size <= memory:
+            self.stack_experts()
 
     def check(self, name, stored, shape):
         """Refuse a tensor of another shape, a dtype that no weight has, and FP8 without its scales."""
@@ -1046,11 +1040,12 @@ class Checkpoint:
                     f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")  # fmt: skip
             stored.scale = scale
 
+    def __contains__(self, name):
+        return name in self.shapes or name in self.kept
+
     def __getitem__(self, name):
         if name in self.kept:
             return self.kept[name]
-        if name not in self.shapes and name in self:
-            return self.stack(name)
         stored = self.stored[name]
         is_matrix = len(stored.shape) == 2 and ".mlp.gate." not in name
         size = math.prod(stored.shape) * stored.dtype.itemsize
@@ -1066,15 +1061,14 @@ class Checkpoint:
             self.kept[name] = found
         return found
 
-    def stack(self, name):
-        """All experts' matrices of one kind in one array; by their own names they become views of it."""
-        names = [name.replace(".experts.", f".experts.{e}.") for e in range(self.cfg.n_routed_experts)]
-        stack = xp.stack([self[each].whole() for each in names])
-        self.kept |= {name: stack} | {each: Matrix(stack[e]) for e, each in enumerate(names)}
-        return stack
-
-    def __contains__(self, name):
-        return name in self.shapes or (self.stacks and re.search(r"\.experts\.\w+_proj\.weight$", name) is not None)
+    def stack_experts(self):
+        """Lay all experts' matrices of one kind and layer in one array, {layer}.mlp.experts.{part}_proj.weight, for
+        `moe_gathered`; by their own names they become views of it."""
+        for first in [name for name in self.shapes if ".experts.0." in name]:
+            names = [first.replace(".experts.0.", f".experts.{e}.") for e in range(self.cfg.n_routed_experts)]
+            stack = xp.stack([self[name].whole() for name in names])
+            self.kept[first.replace(".experts.0.", ".experts.")] = stack
+            self.kept |= {name: Matrix(stack[e]) for e, name in enumerate(names)}
 
 
 # ---- 10. Generation ------------------------------------------------------------------------------------------------
@@ -1202,7 +1196,7 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
         h_BTD = forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk)
         logits_BXW = logits_from([len(row.feed) - 1 for row in rows], 1 + any(row.draft for row in rows), h_BTD, w, cfg)
         new = [row.choose(logits_XW, sampling) for row, logits_XW in zip(rows, logits_BXW, strict=True)]
-        stats["cache_bytes"] = cache.nbytes
+        stats["cache_bytes"] = sum(kv_BSL.nbytes for kv_BSL in cache.layers.values())
         for b, (row, tokens) in enumerate(zip(rows, new, strict=True)):
             stats["drafted"] += len(row.draft)
             stats["accepted"] += len(tokens) == 2
