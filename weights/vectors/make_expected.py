@@ -48,7 +48,7 @@ HF = f"Hugging Face transformers {transformers.__version__}"
 
 # ---- The cases -----------------------------------------------------------------------------------------------------
 
-TOLERANCE = {"8": 1e-9, "4": 1e-3, "2": 5e-2}
+TOLERANCE = {"8": 1e-9, "4": 2e-4, "2": 5e-2}  # HF's own float32 stays within 6e-5
 TOKENS = {"8": 0, "4": 0}  # equal; half precision may well choose others
 PHASES = {"8": 1e-9, "4": 1e-6, "2": 2e-3}
 
@@ -100,7 +100,7 @@ def add(name, equation, why, *see, config=None, lengths=(14,), seed=0, spelling=
     """A case: its entry for index.json. The seed draws the prompts; where it leads to a near tie, take another."""
     config = BASE | (config or {})
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, config["vocab_size"], n).tolist() for n in lengths]
+    prompts = entry.pop("prompts", [rng.integers(0, config["vocab_size"], n).tolist() for n in lengths])
     if spelling == 5:
         ours = "model_type", "scoring_func", "topk_method", "moe_layer_freq"
         keys = {key: x for key, x in config.items() if key not in ours}
@@ -125,7 +125,8 @@ add("one_token", "(1)-(16)",
     "At position 0 neither rotation nor softmax scale can be seen: what passes here and fails v3_yarn has its mistake "
     "there.",
     "onnxruntime/mobius#548", lengths=[1])  # fmt: skip
-add("long", "(10)", "A softmax over 200 keys.", config=V3_YARN, lengths=[200], seed=10, keep="lm_head")
+add("long", "(10)", "A softmax over 200 keys.", config=V3_YARN, lengths=[200], seed=10, keep="lm_head",
+    tolerance={"8": 1e-9, "4": 2e-4})  # fmt: skip
 add("chunks", "(1), (3), (10)",
     "Tokens enter the cache in chunks: positions go on, and a chunk sees all before it; then one token at a time, "
     "where absorbing is cheaper.",
@@ -195,9 +196,10 @@ add("half", "4.2, (15)",
     "vllm-project/vllm#14027", "vllm-project/vllm#23640", config=ONE_LAYER, lengths=[8], **HALF,
     weights={"scale": {"o_proj.weight": 0.0, "e_score_correction_bias": 0.0}})  # fmt: skip
 add("half_router", "(15)",
-    "The same where a router in half precision takes other experts: affinities near 1, closer than float16 can tell.",
-    "vllm-project/vllm#14027", "vllm-project/vllm-ascend#9617", config=ONE_LAYER, lengths=[8], seed=1, **HALF,
-    weights={"scale": {"o_proj.weight": 0.0, "e_score_correction_bias": 0.0, "mlp.gate.weight": 4.0}})  # fmt: skip
+    "The same where a router in half precision takes other experts: the best affinities are closer to 1 than it can "
+    "tell.",
+    "vllm-project/vllm#14027", "vllm-project/vllm-ascend#9617", config=ONE_LAYER, prompts=[[14, 22, 23, 29, 33, 44]], **HALF,
+    weights={"scale": {"o_proj.weight": 0.0, "e_score_correction_bias": 0.0, "mlp.gate.weight": 14.0}})  # fmt: skip
 add("negative_bias", "(16)", "Experts outside the chosen groups masked with 0 win when all biases are negative.",
     "deepseek-ai/DeepSeek-V3#741", "vllm-project/vllm#13474", "huggingface/transformers#45441",
     weights={"shift": {"e_score_correction_bias": -5.0}})  # fmt: skip
@@ -244,7 +246,7 @@ add("mtp_depth_2", "(21)-(23)", "Module 2 takes the state of module 1 after its 
     "ROCm/ATOM#1764", "vllm-project/vllm#47448", config=dict(num_nextn_predict_layers=2), depth=2)  # fmt: skip
 add("mtp_chunks", "(22)",
     "Each of two modules has a latent cache of its own, and the pairs that span two chunks are in it.",
-    "vllm-project/vllm#15153", config=dict(num_nextn_predict_layers=2), seed=1, depth=2,
+    "vllm-project/vllm#15153", config=dict(num_nextn_predict_layers=2), seed=8, depth=2,
     chunks=[4, 1, 5, 1, 3], keep=LAST)  # fmt: skip
 add("losses", "(17)-(20), (24), (25)",
     "As printed: f_i counts the plain top K_r; eq. (24) divides T - k terms by T; lambda / D; L_Bal is summed over "
@@ -296,7 +298,7 @@ add("generate_mtp_small_vocab", "2.2", "Some drafts are right, by chance: then t
 add("generate_mtp_ragged", "2.2",
     "Rows of unequal length whose drafts are accepted at different times: after the first pass no two rows are at one "
     "position.",
-    config=SMALL_VOCAB, lengths=[7, 3, 1], max_tokens=16, **SPECULATE)  # fmt: skip
+    config=SMALL_VOCAB, lengths=[7, 3, 1], seed=28, max_tokens=16, **SPECULATE)  # fmt: skip
 add("generate_mtp_cache", "2.2",
     "The MTP module is layer L with a cache of its own: where it writes into the last main layer's, another text "
     "follows, though every trace is right.",
