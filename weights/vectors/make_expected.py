@@ -198,7 +198,8 @@ add("half", "4.2, (15)",
 add("half_router", "(15)",
     "The same where a router in half precision takes other experts: the best affinities are closer to 1 than it can "
     "tell.",
-    "vllm-project/vllm#14027", "vllm-project/vllm-ascend#9617", config=ONE_LAYER, prompts=[[14, 22, 23, 29, 33, 44]], **HALF,
+    "vllm-project/vllm#14027", "vllm-project/vllm-ascend#9617",
+    config=ONE_LAYER, prompts=[[14, 22, 23, 29, 33, 44]], **HALF,
     weights={"scale": {"o_proj.weight": 0.0, "e_score_correction_bias": 0.0, "mlp.gate.weight": 14.0}})  # fmt: skip
 add("negative_bias", "(16)", "Experts outside the chosen groups masked with 0 win when all biases are negative.",
     "deepseek-ai/DeepSeek-V3#741", "vllm-project/vllm#13474", "huggingface/transformers#45441",
@@ -263,7 +264,7 @@ add("fp8", "3.3",
     origin=f"torch {torch.__version__}'s float8_e4m3fn, times the scale in float32")  # fmt: skip
 
 add("bf16", "checkpoint", "BF16 is the upper half of a float32; the routing bias beside it is F32.",
-    "huggingface/safetensors#436", lengths=[6], keep=LAST, stored={"dtype": "BF16"})  # fmt: skip
+    "safetensors/safetensors#598", "tinygrad/tinygrad#2453", lengths=[6], keep=LAST, stored={"dtype": "BF16"})  # fmt: skip
 add("f16", "checkpoint", "F16, with shards and an index: each tensor from the file that the index names.",
     lengths=[6], keep=LAST, stored={"dtype": "F16", "shards": 3})  # fmt: skip
 add("f64", "checkpoint", "F64: read as it is, not by way of float32.",
@@ -293,8 +294,9 @@ add("generate_ties", "sampling", "All logits are equal: the lowest id.", lengths
     weights={"scale": {"lm_head.weight": 0.0}}, **GENERATE)  # fmt: skip
 add("generate_mtp", "2.2", "Drafts change no token. Nearly all of these are wrong, so cached entries are overwritten.",
     "vllm-project/vllm#47087", config=MTP, max_tokens=24, **SPECULATE)  # fmt: skip
-add("generate_mtp_small_vocab", "2.2", "Some drafts are right, by chance: then two tokens a pass.",
-    "vllm-project/vllm#14647", config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
+add("generate_mtp_small_vocab", "2.2",
+    "Some drafts are right, by chance: then a pass makes two tokens, and the module sees both pairs.",
+    "NVIDIA/TensorRT-LLM#5285", "vllm-project/vllm#14649", config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
 add("generate_mtp_ragged", "2.2",
     "Rows of unequal length whose drafts are accepted at different times: after the first pass no two rows are at one "
     "position.",
