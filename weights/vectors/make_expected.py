@@ -264,7 +264,8 @@ add("fp8", "3.3",
     origin=f"torch {torch.__version__}'s float8_e4m3fn, times the scale in float32")  # fmt: skip
 
 add("bf16", "checkpoint", "BF16 is the upper half of a float32; the routing bias beside it is F32.",
-    "safetensors/safetensors#598", "tinygrad/tinygrad#2453", lengths=[6], keep=LAST, stored={"dtype": "BF16"})  # fmt: skip
+    "safetensors/safetensors#598", "tinygrad/tinygrad#2453",
+    lengths=[6], keep=LAST, stored={"dtype": "BF16"})  # fmt: skip
 add("f16", "checkpoint", "F16, with shards and an index: each tensor from the file that the index names.",
     lengths=[6], keep=LAST, stored={"dtype": "F16", "shards": 3})  # fmt: skip
 add("f64", "checkpoint", "F64: read as it is, not by way of float32.",
@@ -296,7 +297,8 @@ add("generate_mtp", "2.2", "Drafts change no token. Nearly all of these are wron
     "vllm-project/vllm#47087", config=MTP, max_tokens=24, **SPECULATE)  # fmt: skip
 add("generate_mtp_small_vocab", "2.2",
     "Some drafts are right, by chance: then a pass makes two tokens, and the module sees both pairs.",
-    "NVIDIA/TensorRT-LLM#5285", "vllm-project/vllm#14649", config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
+    "NVIDIA/TensorRT-LLM#5285", "vllm-project/vllm#14649",
+    config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
 add("generate_mtp_ragged", "2.2",
     "Rows of unequal length whose drafts are accepted at different times: after the first pass no two rows are at one "
     "position.",
