@@ -33,7 +33,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from cases import write
+from cases import unrounded, write
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM, modeling_deepseek_v2
@@ -467,14 +467,30 @@ class Judge:
 
 
 def read_checkpoint(directory):
-    """All tensors of a checkpoint, FP8 times the scale of its block in float32, then in float64."""
-    directory, tensors = Path(directory), {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        tensors |= safetensors.torch.load_file(shard)
-    for name, x in tensors.items():
+    """All tensors of a checkpoint, as stored, and as they are read: FP8 times the scale of its block in float32, then
+    all in float64."""
+    stored = {}
+    for shard in sorted(Path(directory).glob("*.safetensors")):
+        stored |= safetensors.torch.load_file(shard)
+    read = dict(stored)
+    for name, x in stored.items():
         if x.dtype == torch.float8_e4m3fn:
-            tensors[name] = x.to(torch.float32) * spread(tensors[f"{name}_scale_inv"], x.shape)
-    return {name: x.to(torch.float64) for name, x in tensors.items()}
+            read[name] = x.to(torch.float32) * spread(stored[f"{name}_scale_inv"], x.shape)
+    return stored, {name: x.to(torch.float64) for name, x in read.items()}
+
+
+def written(case):
+    """The tensors of a case's checkpoint, as they are read; where cases.py rounds by itself, it must round as torch."""
+    with tempfile.TemporaryDirectory() as directory:
+        stored, read = read_checkpoint(write(case, directory))
+    copies = r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"
+    for name, x in stored.items():
+        if x.dtype in (torch.bfloat16, torch.float8_e4m3fn) and not re.fullmatch(copies, name):
+            exact = torch.from_numpy(unrounded(case, name, x.shape)).to(torch.float32)
+            if x.dtype == torch.float8_e4m3fn:
+                exact /= spread(stored[f"{name}_scale_inv"], x.shape)
+            assert torch.equal(exact.to(x.dtype).to(torch.float64), x.to(torch.float64)), name
+    return read
 
 
 def spread(scale, shape):
@@ -637,7 +653,7 @@ TEXTS = (  # the first that holds no near tie
 def make_shipped():
     """Entries and arrays of the cases that are about the trained checkpoint."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED)
-    weights = read_checkpoint(SHIPPED)
+    weights = read_checkpoint(SHIPPED)[1]
     with Float64():
         judge = Judge(json.loads((SHIPPED / "config.json").read_text("utf-8")), weights)
         for text in TEXTS:
@@ -680,10 +696,7 @@ MAKE = {"trace": make_trace, "generate": make_generate, "losses": make_losses, "
 def make_all():
     index, arrays = {}, {}
     for name, case in CASES.items():
-        weights = None
-        if "weights" in case:
-            with tempfile.TemporaryDirectory() as directory:
-                weights = read_checkpoint(write(case, directory))
+        weights = written(case) if "weights" in case else None
         half = case.get("dtype") == "float16"
         make = make_half if half else MAKE[case["do"]]
         with contextlib.nullcontext() if half or case["do"] == "dequantize" else Float64():
