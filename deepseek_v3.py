@@ -287,26 +287,28 @@ LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so
 
 
 class Positions(NamedTuple):
-    """Where the tokens of one call stand: token t of row b at position start_B[b] + t."""
+    """Where the tokens of one call stand; padding (id -1) is not real."""
 
-    start_B: np.ndarray  # on the host, as is the next
-    count_B: np.ndarray  # how many of the row's T tokens are not padding
+    row_B1: object  # 0 to B - 1: with the next, a token's place in arrays (B, S, ...)
+    pos_BT: object
+    real_BT: object
     cos_BTP: object
     sin_BTP: object
     visible_BTS: object  # True where a query may look: position of the key <= position of the query
 
 
 def positions(token_BT, start_B, cfg, dtype):
-    """The Positions of tokens (padding is -1). Angles are float64 until cos and sin: at position 163,839 float32 is off
-    by 5e-3 rad. S reaches to the last position of the longest row; a key's index is its position."""
+    """The Positions of tokens; token t of row b stands at start_B[b] + t. Angles are float64 until cos and sin: at
+    position 163,839 float32 is off by 5e-3 rad. S reaches to the last position of the longest row."""
     B, T = token_BT.shape
     start_B = np.zeros(B, int) if start_B is None else np.asarray(start_B)
     pos_BT = start_B[:, None] + np.arange(T)
     angle_BTP = pos_BT[:, :, None] * rope_frequencies(cfg)
     cos_BTP, sin_BTP = rope_magnitude(cfg) * np.cos(angle_BTP), rope_magnitude(cfg) * np.sin(angle_BTP)
     visible_BTS = np.arange(start_B.max() + T) <= pos_BT[:, :, None]
-    count_B = (token_BT >= 0).sum(axis=1)
-    return Positions(start_B, count_B, xp.asarray(cos_BTP, dtype), xp.asarray(sin_BTP, dtype), xp.asarray(visible_BTS))
+    row_B1, real_BT = xp.arange(B)[:, None], xp.asarray(token_BT >= 0)
+    phases = xp.asarray(cos_BTP, dtype), xp.asarray(sin_BTP, dtype)
+    return Positions(row_B1, xp.asarray(pos_BT), real_BT, *phases, xp.asarray(visible_BTS))
 
 
 def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
@@ -608,12 +610,12 @@ class Cache:
         self.batch, self.capacity, self.layers = batch, capacity, {}
 
     def append(self, layer, kv_BTL, pos):
-        """Write each row's tokens, not its padding, at their positions -> all entries up to the last one, (B, S, L)."""
+        """Write the tokens at their positions, padding as 0 -> all entries up to the last position, (B, S, L)."""
         if layer not in self.layers:
             self.layers[layer] = xp.zeros((self.batch, self.capacity, kv_BTL.shape[-1]), kv_BTL.dtype)
-        for b, (start, count) in enumerate(zip(pos.start_B, pos.count_B, strict=True)):
-            self.layers[layer][b, start : start + count] = kv_BTL[b, :count]
-        return self.layers[layer][:, : pos.start_B.max() + kv_BTL.shape[1]]
+        kv_BTL = xp.where(pos.real_BT[:, :, None], kv_BTL, xp.zeros((), kv_BTL.dtype))
+        self.layers[layer][pos.row_B1, pos.pos_BT] = kv_BTL
+        return self.layers[layer][:, : pos.visible_BTS.shape[2]]
 
 
 def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
