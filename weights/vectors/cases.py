@@ -31,7 +31,7 @@ REQUEST = ("prompts", "chunks", "depth", "max_tokens", "speculate", "mtp_weight"
 IN_FP8 = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj",
           "down_proj")  # fmt: skip
 BLOCK = 128  # a scale of an FP8 tensor is that of 128 x 128 elements
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 
 def read_index():
@@ -260,7 +260,7 @@ def write(case, directory):
 
 def write_given(given, directory):
     """Write a model.safetensors alone: FP8 codes come as uint8, whose dtype is to be F8_E4M3."""
-    kinds = {"uint8": "F8_E4M3", "float32": "F32", "float64": "F64"}
+    kinds = {"uint8": "F8_E4M3", "float32": "F32", "float64": "F64", "int64": "I64"}
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / "model.safetensors", {name: (kinds[x.dtype.name], x) for name, x in given.items()})
 
