@@ -628,7 +628,7 @@ def make_phases(name, case, weights):
 
 def make_update_bias(name, case, weights):
     """arXiv:2408.15664, Algorithm 1: b_i += gamma sign(mean load - load_i)."""
-    bias, load = [0.5, -0.25, 0.0, 1.0, 0.75, -0.5, 0.25, 2.0], [12, 3, 5, 5, 4, 4, 2, 5]
+    bias, load = [0.5, -0.25, 0.0, 1.0, 0.75, -0.5, 0.25, 2.0], [12.0, 3.0, 5.0, 5.0, 4.0, 4.0, 2.0, 5.0]
     mean = sum(load) / len(load)
     new = [b + case["gamma"] * ((n < mean) - (n > mean)) for b, n in zip(bias, load, strict=True)]
     return {name: torch.tensor(x) for name, x in (("given/bias", bias), ("given/load", load), ("bias", new))}
