@@ -1,0 +1,463 @@
+// DeepSeek-V3 in plain JavaScript, written from parts I and II of deepseek_v3.py alone: a second opinion on whether
+// that page says everything, and a port for the conformance kit beside it to be tried on.
+//
+//     node port.mjs DIRECTORY            answers DIRECTORY/request.json in DIRECTORY/answer.safetensors
+//     node port.mjs --story WEIGHTS      tells the story of the small model in WEIGHTS
+//
+// All is computed in float64. Names are the page's; "(5)" is equation 5. A vector is a Float64Array. An activation is a
+// list of vectors, one for each token, or of lists of them, one for each head; a matrix is a list of its rows. A batch
+// is a loop over prompts with a cache each, so nothing is padded. What a query may not see is left out, not masked.
+
+import fs from "node:fs";
+import path from "node:path";
+
+/** Refuse what is not in this port: exit code 3. */
+function only(key, value, values) {
+  if (values.includes(value)) return;
+  console.error(`this port lacks ${key} ${JSON.stringify(value)}, it has ${values.join(", ")}`);
+  process.exit(3);
+}
+
+// ---- 1. Arrays -----------------------------------------------------------------------------------------------------
+function dot(x, y) {
+  let total = 0;
+  for (let i = 0; i < x.length; i++) total += x[i] * y[i];
+  return total;
+}
+
+/** The sum of weights[i] * vectors[i]; vectors beyond the last weight are left out. */
+function weighted_sum(weights, vectors) {
+  const total = new Float64Array(vectors[0].length);
+  for (let i = 0; i < weights.length; i++) {
+    for (let j = 0, x = vectors[i]; j < x.length; j++) total[j] += weights[i] * x[j];
+  }
+  return total;
+}
+
+const range = (from, to) => Array.from({ length: to - from }, (_, i) => from + i);
+const sum = (x) => x.reduce((a, b) => a + b, 0);
+const add = (x, y) => x.map((value, i) => value + y[i]);
+const add_rows = (x, y) => x.map((row, t) => add(row, y[t]));
+const concatenate = (...vectors) => Float64Array.from(vectors.flatMap((x) => Array.from(x)));
+const argmax = (x) => x.reduce((best, value, i) => (value > x[best] ? i : best), 0); // the lowest among equals
+
+/** A vector, or the rows of a matrix, in n equal parts. */
+const split = (x, n) => range(0, n).map((i) => x.slice((i * x.length) / n, ((i + 1) * x.length) / n));
+
+/** Indices of the k largest, largest first, the lowest among equals; two of -inf differ by NaN, so count as equal. */
+const top_k = (score, k) => [...score.keys()].sort((a, b) => score[b] - score[a] || a - b).slice(0, k);
+
+let recorded = null; // while recording: name -> one entry for each token, of all chunks
+
+/** Keep x under its name, if recording -> x. */
+function record(name, x) {
+  if (recorded) (recorded[name] ??= []).push(...x);
+  return x;
+}
+
+// ---- 2. Configuration ----------------------------------------------------------------------------------------------
+const ABSENT = {
+  q_lora_rank: null, attention_bias: false, n_shared_experts: 0, n_group: 1, topk_group: 1, rope_theta: 10000,
+  rope_interleave: true, tie_word_embeddings: false, num_nextn_predict_layers: 1,
+};
+const V3 = ["sigmoid", "noaux_tc"], FAMILY = { deepseek_v3: V3, kimi_k2: V3, deepseek_v2: ["softmax", "greedy"] };
+const present = (keys) => Object.fromEntries(Object.entries(keys ?? {}).filter(([, value]) => value !== null));
+
+/** config.json in the release's spelling (rope_scaling, rope_theta) or that of transformers 5 (rope_parameters). */
+function parse_config(keys) {
+  const { model_type = "deepseek_v3" } = keys, [scoring_func, topk_method] = FAMILY[model_type] ?? [];
+  const cfg = { ...ABSENT, scoring_func, topk_method, ...present(keys) };
+  const rope = present(cfg.rope_parameters ?? cfg.rope_scaling), type = rope.rope_type ?? rope.type ?? "default";
+  only("model_type", model_type, Object.keys(FAMILY));
+  only("scoring_func", cfg.scoring_func, ["sigmoid", "softmax"]);
+  only("topk_method", cfg.topk_method, ["noaux_tc", "greedy", "group_limited_greedy"]);
+  only("rope_scaling.type", type, ["yarn", "default"]);
+  cfg.rope_theta = rope.rope_theta ?? cfg.rope_theta;
+  cfg.rope_scaling = type === "yarn" ? { beta_fast: 32, beta_slow: 1, truncate: true, ...rope } : null;
+  return cfg;
+}
+
+// ---- 3. Primitives -------------------------------------------------------------------------------------------------
+/** W x */
+function times(matrix, x) {
+  const y = new Float64Array(matrix.length);
+  for (let i = 0; i < y.length; i++) y[i] = dot(matrix[i], x);
+  return y;
+}
+
+function linear(x, w, name) {
+  const y = times(w.get(`${name}.weight`), x);
+  return w.has(`${name}.bias`) ? add(y, w.get(`${name}.bias`)) : y;
+}
+
+/** x / rms(x) * weight; eps stands inside the root. */
+function rms_norm(x, weight, eps) {
+  const rms = Math.sqrt(dot(x, x) / x.length + eps);
+  return x.map((value, i) => (value / rms) * weight[i]);
+}
+
+const sigmoid = (z) => 1 / (1 + Math.exp(-z)); // of a very negative z: 1 / inf, the 0 it should be
+
+/** down_proj(silu(gate_proj(x)) * up_proj(x)) */
+function swiglu(x, w, name) {
+  const gate = linear(x, w, `${name}.gate_proj`), up = linear(x, w, `${name}.up_proj`);
+  return linear(gate.map((z, i) => z * sigmoid(z) * up[i]), w, `${name}.down_proj`);
+}
+
+function softmax(x) {
+  const max = x[argmax(x)], e = x.map((value) => Math.exp(value - max)), total = sum(e);
+  return e.map((value) => value / total);
+}
+
+/** m = 0.1 mscale ln(s) + 1 */
+const yarn_mscale = (factor, mscale) => (factor > 1 ? 0.1 * mscale * Math.log(factor) + 1 : 1);
+
+/** Radians per position of each pair j: theta^(-2j/R); YaRN divides those of slow pairs by the factor, with a ramp. */
+function rope_frequencies({ qk_rope_head_dim: R, rope_theta: theta, rope_scaling: yarn }) {
+  const freq = Float64Array.from(range(0, R / 2), (j) => theta ** ((-2 * j) / R));
+  if (!yarn) return freq;
+  const correction_dim = (turns) => // the pair, as a real number, that turns so many times within the original context
+    (R * Math.log(yarn.original_max_position_embeddings / (2 * Math.PI * turns))) / (2 * Math.log(theta));
+  let low = correction_dim(yarn.beta_fast), high = correction_dim(yarn.beta_slow);
+  if (yarn.truncate) [low, high] = [Math.floor(low), Math.ceil(high)];
+  [low, high] = [Math.max(low, 0), Math.min(high, R - 1)];
+  return freq.map((f, j) => {
+    const ramp = Math.min(Math.max((j - low) / (high - low || 0.001), 0), 1);
+    return f * (1 - ramp) + (f / yarn.factor) * ramp;
+  });
+}
+
+/** YaRN's factor on cos and sin. */
+function rope_magnitude({ rope_scaling: yarn }) {
+  if (!yarn) return 1;
+  if (yarn.attention_factor !== undefined) return yarn.attention_factor;
+  if (!yarn.mscale || !yarn.mscale_all_dim) return yarn_mscale(yarn.factor, 1);
+  return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim);
+}
+
+/** 1 / sqrt(d_h + d_h^R) of (10), times YaRN's m(mscale_all_dim)^2. */
+function softmax_scale({ rope_scaling: yarn, qk_nope_head_dim: N, qk_rope_head_dim: R }) {
+  return (yarn?.mscale_all_dim ? yarn_mscale(yarn.factor, yarn.mscale_all_dim) : 1) ** 2 / Math.sqrt(N + R);
+}
+
+/** cos and sin of each position, for each pair. */
+function phases(positions, cfg) {
+  const frequencies = rope_frequencies(cfg), m = rope_magnitude(cfg);
+  const of = (f) => positions.map((position) => frequencies.map((radians) => m * f(position * radians)));
+  return { cos: of(Math.cos), sin: of(Math.sin) };
+}
+
+/** Rotate pair j of x, which is the neighbours 2j and 2j + 1, or else j of each half, by its angle. */
+function rope(x, [cos, sin], interleave) {
+  const out = new Float64Array(x.length);
+  for (let j = 0; j < cos.length; j++) {
+    const [a, b] = interleave ? [2 * j, 2 * j + 1] : [j, j + cos.length];
+    [out[a], out[b]] = [x[a] * cos[j] - x[b] * sin[j], x[a] * sin[j] + x[b] * cos[j]];
+  }
+  return out;
+}
+
+// ---- 4. Multi-head latent attention, and what section 8 makes of it ------------------------------------------------
+/** (10): q[t][h], k[s][j], v[s][j] -> o[t][h]. Query t stands at position start + t and sees no key behind it. As many
+ * key heads as heads is multi-head attention, one key head multi-query. */
+function attention(q, k, v, start, scale) {
+  return q.map((heads, t) => heads.map((query, h) => {
+    const j = Math.floor((h * k[0].length) / heads.length); // its key head
+    const p = softmax(range(0, start + t + 1).map((s) => scale * dot(query, k[s][j])));
+    return weighted_sum(p, v.map((values) => values[j]));
+  }));
+}
+
+/** Of section 4.2: eps is 1e-6, whatever rms_norm_eps says. */
+const latent_norm = (c, w, name) => rms_norm(c, w.get(`${name}.weight`), 1e-6);
+
+/** One token's queries: for each head {nope, rope}, the second rotated. */
+function mla_query(x, w, name, cfg, phase) {
+  const compressed = cfg.q_lora_rank !== null, N = cfg.qk_nope_head_dim;
+  const latent = compressed ? latent_norm(linear(x, w, `${name}.q_a_proj`), w, `${name}.q_a_layernorm`) : x; // (6)
+  const q = split(linear(latent, w, `${name}.${compressed ? "q_b_proj" : "q_proj"}`), cfg.num_attention_heads); // (7)
+  return q.map((head) => ({ nope: head.slice(0, N), rope: rope(head.slice(N), phase, cfg.rope_interleave) })); // (8)
+}
+
+/** What the cache keeps of one token: c_KV after its norm, and the rotated key of all heads, made from x. */
+function mla_latent(x, w, name, cfg, phase) {
+  const kv = linear(x, w, `${name}.kv_a_proj_with_mqa`), C = cfg.kv_lora_rank;
+  const c = latent_norm(kv.slice(0, C), w, `${name}.kv_a_layernorm`); // (1)
+  return concatenate(c, rope(kv.slice(C), phase, cfg.rope_interleave)); // (3)
+}
+
+/** Definition: expand every entry to the keys (2) and values (5) of all heads, then multi-head attention. */
+function mla_naive(q, entries, w, name, cfg, start) {
+  const { num_attention_heads: H, qk_nope_head_dim: N, kv_lora_rank: C } = cfg;
+  const kv = entries.map((entry) => split(linear(entry.slice(0, C), w, `${name}.kv_b_proj`), H)); // heads [k ; v]
+  const k = kv.map((heads, s) => heads.map((head) => concatenate(head.slice(0, N), entries[s].slice(C)))); // (4)
+  const v = kv.map((heads) => heads.map((head) => head.slice(N)));
+  const joined = q.map((heads) => heads.map(({ nope, rope }) => concatenate(nope, rope))); // (9)
+  return attention(joined, k, v, start, softmax_scale(cfg));
+}
+
+/** The same, no key expanded: q . (W_UK c) = (W_UK^T q) . c. An entry is the key of all heads, its c the value. */
+function mla_absorbed(q, entries, w, name, cfg, start) {
+  const { num_attention_heads: H, qk_nope_head_dim: N, kv_lora_rank: C } = cfg;
+  const up = split(w.get(`${name}.kv_b_proj.weight`), H); // each head's rows [W_UK ; W_UV]; below W_UK^T q
+  const absorbed = q.map((heads) => heads.map(({ nope, rope }, h) => concatenate(weighted_sum(nope, up[h]), rope)));
+  const k = entries.map((entry) => [entry]), v = entries.map((entry) => [entry.subarray(0, C)]);
+  const o = attention(absorbed, k, v, start, softmax_scale(cfg));
+  return o.map((heads) => heads.map((head, h) => times(up[h].slice(N), head))); // W_UV o
+}
+
+/** cache[layer] is a list of entries [c_KV ; k_R], one for each position; what stood behind `start`, such as a rejected
+ * draft, is forgotten. Expanded where nothing stood before, else absorbed, so that the kit tries both forms. */
+function mla(x, w, layer, cfg, cache, start) {
+  const name = `model.layers.${layer}.self_attn`, C = cfg.kv_lora_rank;
+  const { cos, sin } = phases(range(start, start + x.length), cfg);
+  const q = x.map((row, t) => mla_query(row, w, name, cfg, [cos[t], sin[t]]));
+  const entries = x.map((row, t) => mla_latent(row, w, name, cfg, [cos[t], sin[t]]));
+  record(`${name}.q_rope`, q.map((heads) => heads.map(({ rope }) => rope)));
+  record(`${name}.kv_latent`, entries.map((entry) => entry.slice(0, C)));
+  record(`${name}.k_rope`, entries.map((entry) => entry.slice(C)));
+  cache[layer] = [...(cache[layer] ?? []).slice(0, start), ...entries];
+  const o = (start ? mla_absorbed : mla_naive)(q, cache[layer], w, name, cfg, start);
+  return record(name, o.map((heads) => linear(concatenate(...heads), w, `${name}.o_proj`))); // (11)
+}
+
+// ---- 5. DeepSeekMoE ------------------------------------------------------------------------------------------------
+/** One token's affinities, its experts, best first, and their gates. */
+function route(x, w, name, cfg) {
+  const affinity = times(w.get(`${name}.gate.weight`), x);
+  const scores = cfg.scoring_func === "sigmoid" ? affinity.map(sigmoid) : softmax(affinity); // (15)
+  const biased = cfg.topk_method === "noaux_tc"; // DeepSeek-V2 has no bias, and ranks a group by its best expert
+  let choice = biased ? add(scores, w.get(`${name}.gate.e_score_correction_bias`)) : scores; // (16): in the choice alone
+  if (cfg.n_group > 1 && cfg.topk_method !== "greedy") choice = keep_best_groups(choice, biased ? 2 : 1, cfg);
+  const indices = top_k(choice, cfg.num_experts_per_tok), chosen = Float64Array.from(indices, (e) => scores[e]);
+  const total = cfg.norm_topk_prob ? sum(chosen) + 1e-20 : 1; // (13)
+  return { scores, indices, weights: chosen.map((score) => (score / total) * cfg.routed_scaling_factor) };
+}
+
+/** -inf except in the topk_group groups whose `best` highest sum highest. */
+function keep_best_groups(choice, best, { n_group, topk_group }) {
+  const group = split(choice, n_group).map((members) => sum(members.sort().slice(-best)));
+  const kept = top_k(group, topk_group), size = choice.length / n_group;
+  return choice.map((value, e) => (kept.includes(Math.floor(e / size)) ? value : -Infinity));
+}
+
+/** (12) without its residual; only the chosen experts, as the other gates are 0. */
+function moe(x, w, name, cfg) {
+  const routes = x.map((row) => route(row, w, name, cfg));
+  for (const part of ["scores", "indices", "weights"]) record(`${name}.gate.${part}`, routes.map((each) => each[part]));
+  const experts = (row, indices) => indices.map((e) => swiglu(row, w, `${name}.experts.${e}`));
+  const y = x.map((row, t) => weighted_sum(routes[t].weights, experts(row, routes[t].indices)));
+  if (!cfg.n_shared_experts) return y;
+  return add_rows(y, record(`${name}.shared_experts`, x.map((row) => swiglu(row, w, `${name}.shared_experts`))));
+}
+
+/** After a training step: down by gamma where overloaded, up where underloaded. */
+const update_bias = (bias, load, gamma) => bias.map((b, e) => b + gamma * Math.sign(sum(load) / load.length - load[e]));
+
+/** (17)-(20) of one sequence, without alpha; f counts the plain top K, with neither bias nor groups. */
+function balance_loss(scores, { n_routed_experts: E, num_experts_per_tok: K }) {
+  const f = new Float64Array(E), T = scores.length, p = weighted_sum(scores.map((row) => 1 / sum(row) / T), scores);
+  for (const e of scores.flatMap((row) => top_k(row, K))) f[e] += E / (K * T); // (18); p: (19), (20)
+  return dot(f, p); // (17)
+}
+
+// ---- 6. The model --------------------------------------------------------------------------------------------------
+const norm = (x, w, name, cfg) => x.map((row) => rms_norm(row, w.get(`${name}.weight`), cfg.rms_norm_eps));
+const embed = (tokens, w) => tokens.map((token) => w.get("model.embed_tokens.weight")[token]);
+const head = (h, w, cfg) => h.map((row) => linear(row, w, cfg.tie_word_embeddings ? "model.embed_tokens" : "lm_head"));
+
+function block(x, w, layer, cfg, cache, start) {
+  const name = `model.layers.${layer}`, is_dense = layer < Math.min(cfg.first_k_dense_replace, cfg.num_hidden_layers);
+  const recorded_norm = (x, which) => record(`${name}.${which}`, norm(x, w, `${name}.${which}`, cfg));
+  x = add_rows(x, mla(recorded_norm(x, "input_layernorm"), w, layer, cfg, cache, start));
+  const normed = recorded_norm(x, "post_attention_layernorm");
+  const y = is_dense ? normed.map((row) => swiglu(row, w, `${name}.mlp`)) : moe(normed, w, `${name}.mlp`, cfg);
+  return record(name, add_rows(x, record(`${name}.mlp`, y)));
+}
+
+/** Tokens from position `start` on continue what the cache holds -> their states h^0. */
+function forward(tokens, w, cfg, cache, start) {
+  let x = record("model.embed_tokens", embed(tokens, w));
+  for (let layer = 0; layer < cfg.num_hidden_layers; layer++) x = block(x, w, layer, cfg, cache, start);
+  return record("model.norm", norm(x, w, "model.norm", cfg));
+}
+
+// ---- 7. Multi-token prediction -------------------------------------------------------------------------------------
+/** How many modules: those of the config before the first whose tensors are absent. */
+function mtp_depth(w, { num_hidden_layers: L, num_nextn_predict_layers: D }) {
+  return [...range(L, L + D).map((layer) => w.has(`model.layers.${layer}.eh_proj.weight`)), false].indexOf(false);
+}
+
+/** (21), (22): pairs (h_i of module k - 1, token i + k), i from `start` on -> h_i of module k, after its norm. */
+function mtp(k, h, tokens, w, cfg, cache, start) {
+  const layer = cfg.num_hidden_layers + k - 1, name = `model.layers.${layer}`;
+  const state = norm(h, w, `${name}.hnorm`, cfg), embedded = norm(embed(tokens, w), w, `${name}.enorm`, cfg);
+  const x = embedded.map((row, i) => linear(concatenate(row, state[i]), w, `${name}.eh_proj`));
+  return norm(block(record(`${name}.eh_proj`, x), w, layer, cfg, cache, start), w, `${name}.shared_head.norm`, cfg);
+}
+
+/** step(tokens, from) for chunks of these sizes, in turn, where null is one chunk; the last takes what is left. */
+function in_chunks(tokens, sizes, step) {
+  const ends = (sizes ?? []).map((_, i) => sum(sizes.slice(0, i + 1))).filter((end) => end < tokens.length);
+  return [0, ...ends].flatMap((from, i) => step(tokens.slice(from, ends[i]), from));
+}
+
+/** All named activations of a prompt, also of `depth` modules, if it is long enough for them. */
+function trace(prompt, w, cfg, sizes, depth) {
+  const cache = [];
+  recorded = {};
+  let h = in_chunks(prompt, sizes, (tokens, from) => forward(tokens, w, cfg, cache, from));
+  record("lm_head", head(h, w, cfg));
+  for (let k = 1; k <= Math.min(depth, mtp_depth(w, cfg), prompt.length - 1); k++) {
+    const before = h, states = (tokens, from) => before.slice(from, from + tokens.length);
+    h = in_chunks(prompt.slice(k), sizes, (tokens, from) => mtp(k, states(tokens, from), tokens, w, cfg, cache, from));
+    record(`model.layers.${cfg.num_hidden_layers + k - 1}.shared_head`, head(h, w, cfg)); // (23)
+  }
+  return recorded;
+}
+
+/** The loss of pre-training of one sequence of T + 1 tokens, and its parts. */
+function training_objective(prompt, { mtp_weight, balance_weight }, w, cfg) {
+  const T = prompt.length - 1, D = mtp_depth(w, cfg), named = trace(prompt.slice(0, T), w, cfg, null, D);
+  const loss = (name, targets) => -sum(named[name].map((row, t) => Math.log(softmax(row)[targets[t]]))) / T;
+  const parts = { main: loss("lm_head", prompt.slice(1)), balance: 0, total: 0 };
+  for (let k = 1; k <= D; k++) { // (24): T - k terms, divided by T
+    parts[`mtp.${k}`] = loss(`model.layers.${cfg.num_hidden_layers + k - 1}.shared_head`, prompt.slice(k + 1));
+    parts.total += (mtp_weight * parts[`mtp.${k}`]) / D; // (25)
+  }
+  const gates = Object.keys(named).filter((name) => name.endsWith(".gate.scores"));
+  parts.balance = sum(gates.map((name) => balance_loss(named[name], cfg)));
+  parts.total += parts.main + balance_weight * parts.balance;
+  return parts;
+}
+
+// ---- 9. Checkpoints ------------------------------------------------------------------------------------------------
+/** A float of 8 or 16 bits: sign, E bits of exponent, M of mantissa. The infinities of F16 are in no checkpoint. */
+function small_float(code, E, M) {
+  const bias = 2 ** (E - 1) - 1, exponent = (code >> M) % 2 ** E, mantissa = (code % 2 ** M) / 2 ** M;
+  const size = exponent ? (1 + mantissa) * 2 ** (exponent - bias) : mantissa * 2 ** (1 - bias);
+  return code >> (E + M) ? -size : size;
+}
+
+const DECODE = {
+  F64: (bytes) => new Float64Array(bytes),
+  F32: (bytes) => new Float32Array(bytes),
+  F16: (bytes) => Array.from(new Uint16Array(bytes), (code) => small_float(code, 5, 10)),
+  BF16: (bytes) => new Float32Array(Uint32Array.from(new Uint16Array(bytes), (half) => half << 16).buffer),
+  F8_E4M3: (bytes) => Array.from(new Uint8Array(bytes), (c) => (c % 128 < 127 ? small_float(c, 4, 3) : NaN)),
+  I64: (bytes) => Array.from(new BigInt64Array(bytes), Number),
+};
+
+/** One scale for each block of 128 x 128, the last ones cropped. It multiplies, rounded to float32. */
+function dequantize(rows, scale) {
+  return rows.map((row, y) => row.map((value, x) => Math.fround(value * scale[y >> 7][x >> 7])));
+}
+
+/** The tensors of one file: 8 bytes, the length of the header; the header in JSON; the bytes of all tensors. */
+function read_safetensors(file) {
+  const bytes = fs.readFileSync(file), start = 8 + Number(bytes.readBigUInt64LE());
+  const { __metadata__, ...header } = JSON.parse(bytes.toString("utf8", 8, start));
+  return Object.entries(header).map(([name, { dtype, shape, data_offsets: [from, to] }]) => [name, () => {
+    only(`dtype of ${name}`, dtype, Object.keys(DECODE));
+    const data = Float64Array.from(DECODE[dtype](Uint8Array.from(bytes.subarray(start + from, start + to)).buffer));
+    return { dtype, data: shape.length === 2 ? split(data, shape[0]) : data };
+  }]);
+}
+
+/** has(name); get(name) -> a vector or matrix, decoded when first used. The index says which shards there are. */
+function checkpoint(directory) {
+  const index = read_json(path.join(directory, "model.safetensors.index.json"));
+  const files = [...new Set(Object.values(index?.weight_map ?? ["model.safetensors"]))].map((file) => path.join(directory, file));
+  const stored = new Map(files.filter(fs.existsSync).flatMap(read_safetensors)), kept = new Map();
+  const decode = ({ dtype, data }, name) => (dtype === "F8_E4M3" ? dequantize(data, get(`${name}_scale_inv`)) : data);
+  function get(name) {
+    if (!kept.has(name)) kept.set(name, decode(stored.get(name)(), name));
+    return kept.get(name);
+  }
+  return { get, has: (name) => stored.has(name) };
+}
+
+/** The object in a JSON file; null where there is none. */
+const read_json = (file) => (fs.existsSync(file) ? JSON.parse(fs.readFileSync(file, "utf8")) : null);
+
+/** A number, or vectors in lists of any depth -> a tensor to be written; lists of plain numbers are integers. */
+function tensor(x) {
+  const shape = [], flat = (y) => (y.length === undefined ? [y] : Array.from(y).flatMap(flat));
+  let of = Float64Array;
+  for (let y = x; y?.length !== undefined; y = y[0]) [of] = [y.constructor, shape.push(y.length)];
+  if (of === Array) return { dtype: "I64", shape, data: BigInt64Array.from(flat(x), BigInt) };
+  return { dtype: of === Float32Array ? "F32" : "F64", shape, data: of.from(flat(x)) };
+}
+
+function write_safetensors(file, named) {
+  const header = {}, length = Buffer.alloc(8), bytes = [];
+  let at = 0;
+  for (const [name, x] of Object.entries(named)) {
+    const { dtype, shape, data } = tensor(x);
+    header[name] = { dtype, shape, data_offsets: [at, (at += data.byteLength)] };
+    bytes.push(Buffer.from(data.buffer));
+  }
+  const json = Buffer.from(JSON.stringify(header)), pad = Buffer.alloc(-json.length & 7, " ");
+  length.writeBigUInt64LE(BigInt(json.length + pad.length));
+  fs.writeFileSync(file, Buffer.concat([length, json, pad, ...bytes]));
+}
+
+// ---- 10. Generation, and the kit's requests ------------------------------------------------------------------------
+/** Greedy. With drafts the main model sees [t_n, draft of t_n+1] in one pass; the MTP module then sees the pairs
+ * (h_i, t_i+1) of verified tokens, and drafts again. A rejected draft's entry is overwritten by the next pass. */
+function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
+  const cache = [], tokens = [], drafts = [], accepted = [], likeliest = (state) => argmax(head([state], w, cfg)[0]);
+  let start = 0, feed = prompt, draft = [];
+  while (tokens.length < max_tokens && !tokens.includes(stop)) {
+    const h = forward([...feed, ...draft], w, cfg, cache, start), made = [likeliest(h[feed.length - 1])];
+    if (draft.length) {
+      drafts.push(draft[0]);
+      accepted.push(Number(draft[0] === made[0]));
+      if (accepted.at(-1)) made.push(likeliest(h[feed.length]));
+    }
+    tokens.push(...made.slice(0, max_tokens - tokens.length));
+    const pairs = [...feed, ...made].slice(1); // the tokens behind the verified states
+    if (speculate) draft = [likeliest(mtp(1, h.slice(0, pairs.length), pairs, w, cfg, cache, start).at(-1))];
+    [start, feed] = [start + pairs.length, made.slice(-1)];
+  }
+  return speculate ? { tokens, drafts, accepted } : { tokens };
+}
+
+const DO = {
+  trace: ({ prompts, chunks, depth }, w, cfg) => prompts.map((prompt) => trace(prompt, w, cfg, chunks, depth ?? 0)),
+  generate: ({ prompts, ...how }, w, cfg) => prompts.map((prompt) => generate(prompt, how, w, cfg)),
+  losses({ prompts, ...how }, w, cfg) { // the mean over the prompts, which are equally long
+    const each = prompts.map((prompt) => training_objective(prompt, how, w, cfg));
+    const mean = (name) => sum(each.map((losses) => losses[name])) / each.length;
+    return Object.fromEntries(Object.keys(each[0]).map((name) => [name, mean(name)]));
+  },
+  phases: ({ positions }, w, cfg) => phases(positions, cfg),
+  update_bias: ({ gamma }, w) => ({ bias: update_bias(w.get("bias"), w.get("load"), gamma) }),
+  dequantize: (request, w) => ({ weight: w.get("weight").map((row) => Float32Array.from(row)) }),
+};
+
+function answer(directory) {
+  const [request, config] = ["request.json", "config.json"].map((name) => read_json(path.join(directory, name)));
+  only("do", request.do, Object.keys(DO));
+  only("dtype", request.dtype, ["float64", "float32"]); // both are computed in float64
+  let named = DO[request.do](request, checkpoint(directory), config && parse_config(config));
+  if (request.do === "trace" && named.length === 1) [named] = named;
+  if (Array.isArray(named)) { // one answer for each prompt
+    named = Object.assign({}, ...named.flatMap((each, n) => Object.keys(each).map((name) => ({ [`${n}/${name}`]: each[name] }))));
+  }
+  write_safetensors(path.join(directory, "answer.safetensors"), named);
+}
+
+/** The page's opening, whose words are tokens, and the ASCII of what follows: so no tokenizer is needed. */
+function story(directory) {
+  const [config, tokenizer] = ["config.json", "tokenizer.json"].map((name) => read_json(path.join(directory, name)));
+  const words = Object.entries(tokenizer.model.vocab).sort(([, a], [, b]) => a - b).map(([word]) => word);
+  const prompt = ["Once", "Ġupon", "Ġa", "Ġtime"].map((word) => words.indexOf(word));
+  const how = { max_tokens: config.max_position_embeddings - 5, speculate: true, stop: config.eos_token_id };
+  const { tokens } = generate([config.bos_token_id, ...prompt], how, checkpoint(directory), parse_config(config));
+  const text = [...prompt, ...tokens].filter((id) => id !== how.stop).map((id) => words[id]).join("");
+  console.log(text.replaceAll("Ġ", " ").replaceAll("Ċ", "\n"));
+}
+
+if (process.argv[2] === "--story") story(process.argv[3]);
+else answer(process.argv[2]);
