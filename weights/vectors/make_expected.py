@@ -1,14 +1,14 @@
 """Make index.json and expected.safetensors: the cases of the conformance kit, and what they must give.
 
     pip install numpy safetensors torch==2.13.0 transformers==5.23.0
-    python make_expected.py              # a minute on one core
+    python make_expected.py              # half a minute on one core
     python make_expected.py --shipped    # only the cases of the checkpoint in the directory above, when it changed
 
 The judge is independent: nothing here imports the file under test. Hugging Face's model computes every operation in
 float64, also those that its code asks to run in float32, so that another float64 implementation must agree to
 rounding. What it leaves open or does not have stands here in plain Python: `stable_topk`, `verified`, `make_losses`,
-`update_bias`, `phases`. The weights are those that a reader of the checkpoint gets: rounded, or quantised and read
-back, both checked against torch.
+`make_phases`, `make_update_bias`. The weights are those that a reader of the checkpoint gets: rounded, or quantised and
+read back, both checked against torch.
 
 cases.py says what index.json holds, and writes the checkpoints. The arrays of a trace are named by the module of the
 checkpoint that puts them out. Most cases have those of the last layer, the first routing, and what comes after the
@@ -50,7 +50,6 @@ HF = f"Hugging Face transformers {transformers.__version__}"
 
 TOLERANCE = {"8": 1e-9, "4": 2e-4, "2": 5e-2}  # HF's own float32 stays within 6e-5
 TOKENS = {"8": 0, "4": 0}  # equal; half precision may well choose others
-PHASES = {"8": 1e-9, "4": 1e-6, "2": 2e-3}
 
 
 def yarn(key="type", factor=40.0, original=4096, **changes):
@@ -90,8 +89,7 @@ SEVERAL_BLOCKS = dict(  # of 128 x 128, the last ones cropped; 138 rows of kv_a_
     quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128]),
 )  # fmt: skip
 
-FEW = r"model\.layers\.\d\.shared_head|model\.norm|lm_head"
-LAST = rf"model\.layers\.\d+\.self_attn|model\.layers\.\d+|{FEW}"
+LAST = r"model\.layers\.\d+(\.self_attn|\.shared_head)?|model\.norm|lm_head"
 ROTATED = r"model\.layers\.1\.self_attn\.[qk]_rope"
 CASES = {}
 
@@ -166,15 +164,16 @@ add("yarn_crossing", "4.3",
     "A prompt of 40 tokens where the original context is 24: frequencies and softmax scale are the same before and "
     "after.",
     "pytorch/torchtitan#4117", config=CROSSING, lengths=[40], chunks=[20, 20], keep=rf"{LAST}|{ROTATED}")  # fmt: skip
+PHASES = dict(do="phases", origin="the equations, with 50 digits", tolerance={"8": 1e-9, "4": 1e-6, "2": 2e-3})
 add("phases", "4.3",
     "cos and sin of the release at far positions: an angle in float32 is off by 5e-3 rad at 163,839.",
     "sgl-project/sglang-jax#1473", "Modalities/modalities#462",
-    config=RELEASED, do="phases", positions=[0, 1, 4095, 163839], tolerance=PHASES)  # fmt: skip
+    config=RELEASED, positions=[0, 1, 4095, 163839], **PHASES)  # fmt: skip
 add("phases_magnitude", "4.3",
     "The same where cos and sin carry m(mscale) / m(mscale_all_dim), 1.15, and theta is 50,000.",
     "NVIDIA/Megatron-LM#1429",
     config=RELEASED | dict(rope_theta=5e4, rope_scaling=yarn("type", 32.0, mscale_all_dim=0.5)),
-    do="phases", positions=[0, 1, 4095, 131071], tolerance=PHASES)  # fmt: skip
+    positions=[0, 1, 4095, 131071], **PHASES)  # fmt: skip
 add("attention_bias", "(1), (6), (11)", "Biases on the down and output projections; RoPE on halves.",
     "huggingface/transformers#39687", config=dict(attention_bias=True, rope_interleave=False))  # fmt: skip
 add("moonlight", "(9)", "Queries without compression, no groups, plain RoPE, eps 1e-5, two shared experts.",
@@ -448,7 +447,8 @@ class Judge:
 
     def arrays(self, tokens):
         """All arrays of a trace, in the order of computation."""
-        self.kept.clear(), self.gaps.clear()
+        self.kept.clear()
+        self.gaps.clear()
         self.logits(tokens)
         arrays = dict(self.kept)
         for k, logits in enumerate(self.mtp_logits(tokens) if len(tokens) > self.depth else []):
