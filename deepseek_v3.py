@@ -17,7 +17,8 @@ Part I (sections 1-7) is the model as the paper *defines* it: equations, nothing
     generation   one token per pass                MTP drafts, the main model verifies  the rejection rule (section 10)
 
 Without a cache, `forward` is the definition throughout: no write in place, no shape that depends on data, so it also
-runs under jax.numpy, in `jit` and `grad`. That is how weights/train.py made the checkpoint beside this file.
+runs under jax.numpy, in `jit` and `grad` (`top_k` apart, as JAX spells a stable sort otherwise). That is how
+weights/train.py made the checkpoint beside this file.
 
 Equation numbers are those of the technical report (arXiv:2412.19437v2), tensor names those of the released checkpoint,
 configuration keys those of its config.json. "HF" is Hugging Face transformers 5.23.0, "official" the code in
@@ -324,12 +325,12 @@ def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
 def mla_query(x_BTD, w, name, cfg, pos):
     """The queries of all heads -> q_nope_BTHN and, rotated, q_rope_BTHR."""
     if cfg.q_lora_rank is None:
-        q_BTX = linear(x_BTD, w, f"{name}.q_proj")
+        q_BTY = linear(x_BTD, w, f"{name}.q_proj")
     else:
         c_BTQ = linear(x_BTD, w, f"{name}.q_a_proj")  # eq. (6)
         c_BTQ = rms_norm(c_BTQ, w[f"{name}.q_a_layernorm.weight"], LATENT_EPS)  # section 4.2
-        q_BTX = linear(c_BTQ, w, f"{name}.q_b_proj")
-    q_BTHX = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
+        q_BTY = linear(c_BTQ, w, f"{name}.q_b_proj")
+    q_BTHX = q_BTY.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
     q_nope_BTHN, q_rope_BTHR = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]  # eq. (7)
     q_rope_BTHR = rope(q_rope_BTHR, pos.cos_BTP[:, :, None], pos.sin_BTP[:, :, None], cfg.rope_interleave)  # eq. (8)
     record(f"{name}.q_rope", q_rope_BTHR)
