@@ -1,5 +1,5 @@
-// DeepSeek-V3 in plain JavaScript, written from parts I and II of deepseek_v3.py alone: a second opinion on whether
-// that page says everything, and a port for the conformance kit beside it to be tried on.
+// DeepSeek-V3 in plain JavaScript, written from deepseek_v3.py alone (parts I and II, dequantize, generate): a second
+// opinion on whether that page says everything, and a port for the conformance kit beside it to be tried on.
 //
 //     node port.mjs DIRECTORY            answers DIRECTORY/request.json in DIRECTORY/answer.safetensors
 //     node port.mjs --story WEIGHTS      tells the story of the small model in WEIGHTS
@@ -9,7 +9,6 @@
 // is a loop over prompts with a cache each, so nothing is padded. What a query may not see is left out, not masked.
 
 import fs from "node:fs";
-import path from "node:path";
 
 /** Refuse what is not in this port: exit code 3. */
 function only(key, value, values) {
@@ -43,7 +42,6 @@ const argmax = (x) => x.reduce((best, value, i) => (value > x[best] ? i : best),
 
 /** A vector, or the rows of a matrix, in n equal parts. */
 const split = (x, n) => range(0, n).map((i) => x.slice((i * x.length) / n, ((i + 1) * x.length) / n));
-
 /** Indices of the k largest, largest first, the lowest among equals; two of -inf differ by NaN, so count as equal. */
 const top_k = (score, k) => [...score.keys()].sort((a, b) => score[b] - score[a] || a - b).slice(0, k);
 
@@ -57,10 +55,11 @@ function record(name, x) {
 
 // ---- 2. Configuration ----------------------------------------------------------------------------------------------
 const ABSENT = {
-  q_lora_rank: null, attention_bias: false, n_shared_experts: 0, n_group: 1, topk_group: 1, rope_theta: 10000,
+  q_lora_rank: null, n_shared_experts: 0, n_group: 1, topk_group: 1, rope_theta: 10000,
   rope_interleave: true, tie_word_embeddings: false, num_nextn_predict_layers: 1,
 };
 const V3 = ["sigmoid", "noaux_tc"], FAMILY = { deepseek_v3: V3, kimi_k2: V3, deepseek_v2: ["softmax", "greedy"] };
+const read_json = (file) => (fs.existsSync(file) ? JSON.parse(fs.readFileSync(file, "utf8")) : null);
 const present = (keys) => Object.fromEntries(Object.entries(keys ?? {}).filter(([, value]) => value !== null));
 
 /** config.json in the release's spelling (rope_scaling, rope_theta) or that of transformers 5 (rope_parameters). */
@@ -129,8 +128,7 @@ function rope_frequencies({ qk_rope_head_dim: R, rope_theta: theta, rope_scaling
 
 /** YaRN's factor on cos and sin. */
 function rope_magnitude({ rope_scaling: yarn }) {
-  if (!yarn) return 1;
-  if (yarn.attention_factor !== undefined) return yarn.attention_factor;
+  if (!yarn || yarn.attention_factor) return yarn?.attention_factor ?? 1;
   if (!yarn.mscale || !yarn.mscale_all_dim) return yarn_mscale(yarn.factor, 1);
   return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim);
 }
@@ -158,8 +156,8 @@ function rope(x, [cos, sin], interleave) {
 }
 
 // ---- 4. Multi-head latent attention, and what section 8 makes of it ------------------------------------------------
-/** (10): q[t][h], k[s][j], v[s][j] -> o[t][h]. Query t stands at position start + t and sees no key behind it. As many
- * key heads as heads is multi-head attention, one key head multi-query. */
+/** (10): q[t][h], k[s][j], v[s][j] -> o[t][h]. Query t stands at position start + t and sees no later key. As many key
+ * heads as heads is multi-head attention, one key head multi-query. */
 function attention(q, k, v, start, scale) {
   return q.map((heads, t) => heads.map((query, h) => {
     const j = Math.floor((h * k[0].length) / heads.length); // its key head
@@ -206,8 +204,8 @@ function mla_absorbed(q, entries, w, name, cfg, start) {
   return o.map((heads) => heads.map((head, h) => times(up[h].slice(N), head))); // W_UV o
 }
 
-/** cache[layer] is a list of entries [c_KV ; k_R], one for each position; what stood behind `start`, such as a rejected
- * draft, is forgotten. Expanded where nothing stood before, else absorbed, so that the kit tries both forms. */
+/** cache[layer] is a list of entries [c_KV ; k_R], one for each position; what stands from `start` on, such as a
+ * rejected draft, is replaced. Keys are expanded at position 0, else absorbed, so that the kit tries both forms. */
 function mla(x, w, layer, cfg, cache, start) {
   const name = `model.layers.${layer}.self_attn`, C = cfg.kv_lora_rank;
   const { cos, sin } = phases(range(start, start + x.length), cfg);
@@ -227,7 +225,7 @@ function route(x, w, name, cfg) {
   const affinity = times(w.get(`${name}.gate.weight`), x);
   const scores = cfg.scoring_func === "sigmoid" ? affinity.map(sigmoid) : softmax(affinity); // (15)
   const biased = cfg.topk_method === "noaux_tc"; // DeepSeek-V2 has no bias, and ranks a group by its best expert
-  let choice = biased ? add(scores, w.get(`${name}.gate.e_score_correction_bias`)) : scores; // (16): in the choice alone
+  let choice = biased ? add(scores, w.get(`${name}.gate.e_score_correction_bias`)) : scores; // (16): to choose only
   if (cfg.n_group > 1 && cfg.topk_method !== "greedy") choice = keep_best_groups(choice, biased ? 2 : 1, cfg);
   const indices = top_k(choice, cfg.num_experts_per_tok), chosen = Float64Array.from(indices, (e) => scores[e]);
   const total = cfg.norm_topk_prob ? sum(chosen) + 1e-20 : 1; // (13)
@@ -284,9 +282,8 @@ function forward(tokens, w, cfg, cache, start) {
 
 // ---- 7. Multi-token prediction -------------------------------------------------------------------------------------
 /** How many modules: those of the config before the first whose tensors are absent. */
-function mtp_depth(w, { num_hidden_layers: L, num_nextn_predict_layers: D }) {
-  return [...range(L, L + D).map((layer) => w.has(`model.layers.${layer}.eh_proj.weight`)), false].indexOf(false);
-}
+const mtp_depth = (w, { num_hidden_layers: L, num_nextn_predict_layers: D }) =>
+  [...range(L, L + D).map((layer) => w.has(`model.layers.${layer}.eh_proj.weight`)), false].indexOf(false);
 
 /** (21), (22): pairs (h_i of module k - 1, token i + k), i from `start` on -> h_i of module k, after its norm. */
 function mtp(k, h, tokens, w, cfg, cache, start) {
@@ -325,7 +322,7 @@ function training_objective(prompt, { mtp_weight, balance_weight }, w, cfg) {
     parts[`mtp.${k}`] = loss(`model.layers.${cfg.num_hidden_layers + k - 1}.shared_head`, prompt.slice(k + 1));
     parts.total += (mtp_weight * parts[`mtp.${k}`]) / D; // (25)
   }
-  const gates = Object.keys(named).filter((name) => name.endsWith(".gate.scores"));
+  const gates = Object.keys(named).filter((name) => name.endsWith(".gate.scores")); // of all layers, MTP's too
   parts.balance = sum(gates.map((name) => balance_loss(named[name], cfg)));
   parts.total += parts.main + balance_weight * parts.balance;
   return parts;
@@ -345,13 +342,11 @@ const DECODE = {
   F16: (bytes) => Array.from(new Uint16Array(bytes), (code) => small_float(code, 5, 10)),
   BF16: (bytes) => new Float32Array(Uint32Array.from(new Uint16Array(bytes), (half) => half << 16).buffer),
   F8_E4M3: (bytes) => Array.from(new Uint8Array(bytes), (c) => (c % 128 < 127 ? small_float(c, 4, 3) : NaN)),
-  I64: (bytes) => Array.from(new BigInt64Array(bytes), Number),
 };
 
 /** One scale for each block of 128 x 128, the last ones cropped. It multiplies, rounded to float32. */
-function dequantize(rows, scale) {
-  return rows.map((row, y) => row.map((value, x) => Math.fround(value * scale[y >> 7][x >> 7])));
-}
+const dequantize = (rows, scale) =>
+  rows.map((row, y) => row.map((value, x) => Math.fround(value * scale[y >> 7][x >> 7])));
 
 /** The tensors of one file: 8 bytes, the length of the header; the header in JSON; the bytes of all tensors. */
 function read_safetensors(file) {
@@ -366,19 +361,13 @@ function read_safetensors(file) {
 
 /** has(name); get(name) -> a vector or matrix, decoded when first used. The index says which shards there are. */
 function checkpoint(directory) {
-  const index = read_json(path.join(directory, "model.safetensors.index.json"));
-  const files = [...new Set(Object.values(index?.weight_map ?? ["model.safetensors"]))].map((file) => path.join(directory, file));
-  const stored = new Map(files.filter(fs.existsSync).flatMap(read_safetensors)), kept = new Map();
+  const index = read_json(`${directory}/model.safetensors.index.json`);
+  const files = index ? [...new Set(Object.values(index.weight_map))] : ["model.safetensors"];
+  const stored = new Map(files.flatMap((file) => read_safetensors(`${directory}/${file}`))), kept = new Map();
   const decode = ({ dtype, data }, name) => (dtype === "F8_E4M3" ? dequantize(data, get(`${name}_scale_inv`)) : data);
-  function get(name) {
-    if (!kept.has(name)) kept.set(name, decode(stored.get(name)(), name));
-    return kept.get(name);
-  }
+  const get = (name) => kept.get(name) ?? kept.set(name, decode(stored.get(name)(), name)).get(name);
   return { get, has: (name) => stored.has(name) };
 }
-
-/** The object in a JSON file; null where there is none. */
-const read_json = (file) => (fs.existsSync(file) ? JSON.parse(fs.readFileSync(file, "utf8")) : null);
 
 /** A number, or vectors in lists of any depth -> a tensor to be written; lists of plain numbers are integers. */
 function tensor(x) {
@@ -390,16 +379,14 @@ function tensor(x) {
 }
 
 function write_safetensors(file, named) {
-  const header = {}, length = Buffer.alloc(8), bytes = [];
+  const header = {}, length = Buffer.alloc(8), tensors = named.map(([name, x]) => ({ name, ...tensor(x) }));
   let at = 0;
-  for (const [name, x] of Object.entries(named)) {
-    const { dtype, shape, data } = tensor(x);
+  for (const { name, dtype, shape, data } of tensors) {
     header[name] = { dtype, shape, data_offsets: [at, (at += data.byteLength)] };
-    bytes.push(Buffer.from(data.buffer));
   }
   const json = Buffer.from(JSON.stringify(header)), pad = Buffer.alloc(-json.length & 7, " ");
   length.writeBigUInt64LE(BigInt(json.length + pad.length));
-  fs.writeFileSync(file, Buffer.concat([length, json, pad, ...bytes]));
+  fs.writeFileSync(file, Buffer.concat([length, json, pad, ...tensors.map(({ data }) => Buffer.from(data.buffer))]));
 }
 
 // ---- 10. Generation, and the kit's requests ------------------------------------------------------------------------
@@ -407,6 +394,7 @@ function write_safetensors(file, named) {
  * (h_i, t_i+1) of verified tokens, and drafts again. A rejected draft's entry is overwritten by the next pass. */
 function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
   const cache = [], tokens = [], drafts = [], accepted = [], likeliest = (state) => argmax(head([state], w, cfg)[0]);
+  const drafting = speculate && mtp_depth(w, cfg) > 0;
   let start = 0, feed = prompt, draft = [];
   while (tokens.length < max_tokens && !tokens.includes(stop)) {
     const h = forward([...feed, ...draft], w, cfg, cache, start), made = [likeliest(h[feed.length - 1])];
@@ -417,7 +405,7 @@ function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
     }
     tokens.push(...made.slice(0, max_tokens - tokens.length));
     const pairs = [...feed, ...made].slice(1); // the tokens behind the verified states
-    if (speculate) draft = [likeliest(mtp(1, h.slice(0, pairs.length), pairs, w, cfg, cache, start).at(-1))];
+    if (drafting) draft = [likeliest(mtp(1, h.slice(0, pairs.length), pairs, w, cfg, cache, start).at(-1))];
     [start, feed] = [start + pairs.length, made.slice(-1)];
   }
   return speculate ? { tokens, drafts, accepted } : { tokens };
@@ -437,25 +425,24 @@ const DO = {
 };
 
 function answer(directory) {
-  const [request, config] = ["request.json", "config.json"].map((name) => read_json(path.join(directory, name)));
+  const [request, config] = ["request.json", "config.json"].map((name) => read_json(`${directory}/${name}`));
   only("do", request.do, Object.keys(DO));
   only("dtype", request.dtype, ["float64", "float32"]); // both are computed in float64
-  let named = DO[request.do](request, checkpoint(directory), config && parse_config(config));
-  if (request.do === "trace" && named.length === 1) [named] = named;
-  if (Array.isArray(named)) { // one answer for each prompt
-    named = Object.assign({}, ...named.flatMap((each, n) => Object.keys(each).map((name) => ({ [`${n}/${name}`]: each[name] }))));
-  }
-  write_safetensors(path.join(directory, "answer.safetensors"), named);
+  const w = request.do === "phases" ? null : checkpoint(directory);
+  const answers = [DO[request.do](request, w, config && parse_config(config))].flat(); // perhaps one for each prompt
+  const prefix = (n) => (request.do === "generate" || answers.length > 1 ? `${n}/` : "");
+  const named = answers.flatMap((each, n) => Object.entries(each).map(([name, x]) => [prefix(n) + name, x]));
+  write_safetensors(`${directory}/answer.safetensors`, named);
 }
 
 /** The page's opening, whose words are tokens, and the ASCII of what follows: so no tokenizer is needed. */
 function story(directory) {
-  const [config, tokenizer] = ["config.json", "tokenizer.json"].map((name) => read_json(path.join(directory, name)));
+  const [config, tokenizer] = ["config.json", "tokenizer.json"].map((name) => read_json(`${directory}/${name}`));
   const words = Object.entries(tokenizer.model.vocab).sort(([, a], [, b]) => a - b).map(([word]) => word);
   const prompt = ["Once", "Ġupon", "Ġa", "Ġtime"].map((word) => words.indexOf(word));
   const how = { max_tokens: config.max_position_embeddings - 5, speculate: true, stop: config.eos_token_id };
   const { tokens } = generate([config.bos_token_id, ...prompt], how, checkpoint(directory), parse_config(config));
-  const text = [...prompt, ...tokens].filter((id) => id !== how.stop).map((id) => words[id]).join("");
+  const text = [...prompt, ...tokens].map((id) => words[id]).join("").replace(words[how.stop], "");
   console.log(text.replaceAll("Ġ", " ").replaceAll("Ċ", "\n"));
 }
 
