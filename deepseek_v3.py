@@ -53,6 +53,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import safetensors.numpy
+import tokenizers
 
 # ==== Part I. The model, as defined =================================================================================
 
@@ -145,7 +146,7 @@ class Config:
     qk_nope_head_dim: int = 128  # d_h
     qk_rope_head_dim: int = 64  # d_h^R
     v_head_dim: int = 128  # d_h
-    attention_bias: bool = False
+    attention_bias: bool = False  # on q_a_proj, kv_a_proj_with_mqa and o_proj
     intermediate_size: int = 18432  # of the dense layers
     first_k_dense_replace: int = 3  # layers before this one have no experts
     moe_intermediate_size: int = 2048  # of one expert
@@ -243,10 +244,8 @@ def rope_frequencies(cfg):
 
 
 def rope_magnitude(cfg):
-    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) if either is absent or 0.
-
-    The official code has no such factor, and would differ where it is not 1.
-    """
+    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) if either is absent or 0, or
+    what attention_factor says. The official code has no such factor. The softmax scale is another matter, below."""
     if (yarn := cfg.rope_scaling) is None:
         return 1.0
     if yarn.attention_factor is not None:
@@ -393,11 +392,11 @@ def route(x_BTD, w, name, cfg):
     affinity = sigmoid if cfg.scoring_func == "sigmoid" else softmax
     score_BTE = affinity(wide(x_BTD) @ wide(w[f"{name}.gate.weight"]).T)  # eq. (15)
     record(f"{name}.gate.scores", score_BTE)
-    choice_BTE, best = score_BTE, 1
-    if cfg.topk_method == "noaux_tc":
-        choice_BTE, best = score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"]), 2  # eq. (16), in place of (14)
+    choice_BTE, noaux_tc = score_BTE, cfg.topk_method == "noaux_tc"
+    if noaux_tc:
+        choice_BTE = score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"])  # eq. (16), in place of (14)
     if cfg.n_group > 1 and cfg.topk_method != "greedy":
-        choice_BTE = keep_best_groups(choice_BTE, best, cfg)
+        choice_BTE = keep_best_groups(choice_BTE, 2 if noaux_tc else 1, cfg)
     index_BTK = top_k(choice_BTE, cfg.num_experts_per_tok)
     record(f"{name}.gate.indices", index_BTK)
     gate_BTK = xp.take_along_axis(score_BTE, index_BTK, axis=-1)
@@ -410,8 +409,8 @@ def route(x_BTD, w, name, cfg):
 
 def keep_best_groups(choice_BTE, best, cfg):
     """Node-limited routing: -inf for the experts of all groups except the topk_group ones whose `best` highest (biased)
-    affinities sum highest. Masking with 0, as older code does, lets a masked expert win where the kept ones' biased
-    affinities are negative (DeepSeek-V3 #741)."""
+    affinities sum highest; two, the paper's K_r / M, or V2's one. Masking with 0, as older code does, lets a masked
+    expert win where the kept ones' biased affinities are negative (DeepSeek-V3 #741)."""
     choice_BTGX = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.n_group, -1)
     group_BTG = xp.sum(xp.sort(choice_BTGX, axis=-1)[..., -best:], axis=-1)
     keep_BTG = xp.any(one_hot(top_k(group_BTG, cfg.topk_group), cfg.n_group), axis=-2)
@@ -573,8 +572,8 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
     experts (that the MTP modules' are among them is this file's reading). The default weights are the paper's lambda,
     for the first 10T tokens, and alpha (section 4.2).
 
-    Returns the loss and its parts: {"main", "mtp": [L^1, L^2, ...], "balance", "load": {name of the gate: load_E}}; the
-    loads are what `update_bias` needs. The biases only choose, so their gradient is 0.
+    Returns the loss and its parts, without lambda and alpha: {"main", "mtp": [L^1, L^2, ...], "balance", "load": {name
+    of the gate: load_E}}; the loads are what `update_bias` needs. The biases only choose, so their gradient is 0.
     """
     token_BX = xp.asarray(token_BX)
     T, depth = token_BX.shape[1] - 1, mtp_depth(w, cfg)
@@ -596,7 +595,8 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 # ==== Part II. The model, as computed ===============================================================================
 
 # ---- 8. What generation runs: latent cache, absorption, chosen experts, products -----------------------------------
-# The same model, where a cache is given. Each piece says why it is equal to its definition in part I.
+# The same model, where a cache is given. Each piece says why it is equal to its definition in part I. A port needs
+# `Cache`, `mla_absorbed` and `moe_computed`; the rest is for speed or memory.
 
 
 class Cache:
@@ -770,20 +770,19 @@ ONLY = {  # the implemented values of keys that would change the result, first w
 V3 = {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]}
 V2 = {"scoring_func": ["softmax"], "topk_method": ["greedy", "group_limited_greedy"],
       "norm_topk_prob": [False]}  # with true, DeepSeek's code leaves out routed_scaling_factor, HF the norm; fmt: skip
-ABSENT = {  # what an absent key, or null, means; all other keys of Config must be there
+ABSENT = {  # what other absent keys mean; those of Config that are not here must be given
     "q_lora_rank": None, "attention_bias": False, "n_shared_experts": 0, "n_group": 1, "topk_group": 1,
     "rope_theta": 10000.0, "rope_interleave": True, "tie_word_embeddings": False, "num_nextn_predict_layers": 1,
 }  # fmt: skip
-MAY_BE_ZERO = ["first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "n_routed_experts",
-               "moe_intermediate_size", "mscale", "mscale_all_dim"]  # fmt: skip
+MAY_BE_ZERO = ["first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "mscale", "mscale_all_dim"]
 
 
 def read_json(path):
-    """The JSON object in a file; InputError if there is none."""
+    """The JSON object in a file."""
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path} cannot be read as JSON: {first_line(e)}") from None
+        raise InputError(f"{path} cannot be read as JSON: {e}") from None
     require(isinstance(value, dict), f"{path} must be a JSON object")
     return value
 
@@ -794,44 +793,50 @@ def read_config(path):
 
 
 def parse_config(keys):
-    """The Config that the keys of a config.json describe, in the release's spelling or in that of transformers 5. Keys
-    that do not change the result are ignored. Raises InputError."""
+    """The Config that the keys of a config.json describe, in the release's spelling or in that of transformers 5. null
+    is the same as an absent key; keys that do not change the result are ignored. Raises InputError."""
     given = {key: value for key, value in keys.items() if value is not None}
     rope = given.get("rope_parameters", given.get("rope_scaling", {}))
-    require(given.setdefault("rope_scaling", rope) == rope, "rope_scaling and rope_parameters differ")
+    require(given.get("rope_scaling", rope) == rope, "rope_scaling and rope_parameters differ")
     for name, nested in (("rope_scaling", rope), ("quantization_config", given.get("quantization_config", {}))):
         require(isinstance(nested, dict), f"{name} must be an object or null")
         given |= {f"{name}.{key}": value for key, value in nested.items() if value is not None}
     given["rope_scaling.type"] = given.get("rope_scaling.rope_type", given.get("rope_scaling.type", "default"))
-    for key, values in (ONLY | (V2 if given.get("model_type") == "deepseek_v2" else V3)).items():
+    only = ONLY | (V2 if given.get("model_type") == "deepseek_v2" else V3)
+    only["num_key_value_heads"] = [given.get("num_attention_heads")]
+    for key, values in only.items():
         value = given.setdefault(key, values[0])
         require(value in values, f"{key} {value!r:.99} is not implemented, only {' or '.join(map(repr, values))}")
     given = ABSENT | given | {"rope_scaling": None}
     given["rope_theta"] = given.get("rope_scaling.rope_theta", given["rope_theta"])
+    needed = [f.name for f in fields(Config)]
     if given["rope_scaling.type"] == "yarn":
+        needed += ["rope_scaling.factor", "rope_scaling.original_max_position_embeddings"]
         yarn = {f.name: given[f"rope_scaling.{f.name}"] for f in fields(Yarn) if f"rope_scaling.{f.name}" in given}
-        needed = {"factor", "original_max_position_embeddings"} <= set(yarn)
-        require(needed, "rope_scaling lacks factor or original_max_position_embeddings")
         given["rope_scaling"] = Yarn(**yarn)
-    absent = [f.name for f in fields(Config) if f.name not in given]
+    absent = [key for key in needed if key not in given]
     require(not absent, f"config.json lacks {', '.join(absent)}; is it that of a DeepSeek-V3?")
-    heads = given["num_attention_heads"]
-    require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must be num_attention_heads in MLA")
     return Config(**{f.name: given[f.name] for f in fields(Config)})
 
 
 def check_config(cfg):
-    """Raise InputError unless the model is defined for these numbers."""
-    check_fields(cfg)
-    if cfg.rope_scaling:
-        check_fields(cfg.rope_scaling)
-    layers, E, G = cfg.num_hidden_layers + cfg.num_nextn_predict_layers, cfg.n_routed_experts, cfg.n_group
-    require(layers * (3 * E + 20) < 2**19, f"{layers} layers of {E} experts are more than half a million tensors")
+    """Raise InputError unless each value has its type (a bool is no number), each number is positive, or 0 where that
+    means something, and the model is defined for them."""
+    named = [(f, getattr(cfg, f.name)) for f in fields(cfg)]
+    if isinstance(cfg.rope_scaling, Yarn):
+        named += [(f, getattr(cfg.rope_scaling, f.name)) for f in fields(Yarn)]
+    for f, value in named:
+        kinds = get_args(f.type) or (f.type,)
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if fits and type(value) in (int, float):
+            fits = 1e-12 <= value <= 1e12 or (value == 0 and f.name in MAY_BE_ZERO)
+        kind = getattr(f.type, "__name__", f.type)
+        require(fits, f"{f.name} must be {kind}, if a number from 1e-12 to 1e12, not {value!r:.99}")
+    E, G = cfg.n_routed_experts, cfg.n_group
+    tensors = (cfg.num_hidden_layers + cfg.num_nextn_predict_layers) * (3 * E + 20)
+    require(tensors < 2**19, "num_hidden_layers times n_routed_experts makes more than half a million tensors")
     require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
     require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-    if all(cfg.is_dense(layer) for layer in range(layers)):
-        return
-    require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
     require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
     require(cfg.topk_group <= G, f"topk_group {cfg.topk_group} must be at most n_group {G}")
     one_each = cfg.topk_method == "noaux_tc" and E == G > 1
@@ -840,25 +845,14 @@ def check_config(cfg):
     require(cfg.num_experts_per_tok <= choice, f"num_experts_per_tok must be at most {choice}, what topk_group leaves")
 
 
-def check_fields(settings):
-    """Each field has its annotated type (a bool is not a number) and is positive, or 0 where that means something."""
-    for f in fields(settings):
-        value, kinds = getattr(settings, f.name), get_args(f.type) or (f.type,)
-        fits = type(value) in kinds or (type(value) is int and float in kinds)
-        if fits and type(value) in (int, float):
-            fits = 1e-12 <= value <= 1e12 or (value == 0 and f.name in MAY_BE_ZERO)
-        what = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        require(fits, f"{f.name} must be {what}, and a number from 1e-12 to 1e12, not {value!r:.99}")
-
-
 def tensor_shapes(cfg):
-    """Name -> shape of every tensor of the model, the MTP modules included, under the checkpoint's own names.
-
-    Released checkpoints hold the MTP modules' embedding and head a second time; they are shared, so not listed.
-    """
+    """Name -> shape of every tensor of the model and its MTP modules, under the checkpoint's own names. (Released
+    checkpoints hold the MTP modules' embedding and head a second time; they are shared, so not listed.)"""
     D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
     N, V, Q, E = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.q_lora_rank, cfg.n_routed_experts
-    shapes = {"model.embed_tokens.weight": (cfg.vocab_size, D)}
+    shapes = {"model.embed_tokens.weight": (cfg.vocab_size, D), "model.norm.weight": (D,)}
+    if not cfg.tie_word_embeddings:
+        shapes["lm_head.weight"] = (cfg.vocab_size, D)
 
     def mlp(name, width):
         shapes[f"{name}.gate_proj.weight"] = shapes[f"{name}.up_proj.weight"] = (width, D)
@@ -868,9 +862,9 @@ def tensor_shapes(cfg):
     attention = {"q_proj.weight": (H * (N + R), D)} if Q is None else query
     attention |= {"kv_a_proj_with_mqa.weight": (C + R, D), "kv_a_layernorm.weight": (C,)}
     attention |= {"kv_b_proj.weight": (H * (N + V), C), "o_proj.weight": (D, H * V)}
-    if cfg.attention_bias:
-        biased = [part for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if f"{part}.weight" in attention]
-        attention |= {f"{part}.bias": attention[f"{part}.weight"][:1] for part in biased}
+    for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+        if cfg.attention_bias and f"{part}.weight" in attention:
+            attention[f"{part}.bias"] = attention[f"{part}.weight"][:1]
     for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
         name = f"model.layers.{layer}"
         norms = ["input_layernorm", "post_attention_layernorm"]
@@ -889,8 +883,7 @@ def tensor_shapes(cfg):
             mlp(f"{name}.mlp.shared_experts", cfg.n_shared_experts * cfg.moe_intermediate_size)
         for e in range(E):
             mlp(f"{name}.mlp.experts.{e}", cfg.moe_intermediate_size)
-    shapes["model.norm.weight"] = (D,)
-    return shapes if cfg.tie_word_embeddings else shapes | {"lm_head.weight": (cfg.vocab_size, D)}
+    return shapes
 
 
 def e4m3_values():
@@ -919,51 +912,48 @@ def dequantize(code, scale):
 
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
-BAND = 2**22  # elements that a thread decodes at a time, 16 MB in float32; on a GPU 64 times as many
+BAND = 2**22  # elements that a thread decodes at a time, 16 MB in float32
 THREADS = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 class Stored(Matrix):
-    """A tensor in a file. One that finds no room in memory is a matrix as it lies there: each product decodes it anew,
-    in bands of rows, each multiplied by the thread that decoded it."""
+    """A tensor in a file. One that finds no room decoded is a matrix as it lies there: each product decodes it anew, in
+    bands of rows, each multiplied by the thread that decoded it."""
 
     def __init__(self, path, kind, shape, offset):
         self.path, self.kind, self.shape, self.offset = path, kind, shape, offset
-        self.dtype = self.scale = None  # of the computation; the Stored scales of an FP8 tensor
+        self.dtype, self.scale = np.dtype(np.float32), None  # of the computation; the Stored scales of an FP8 tensor
 
-    def view(self):
+    @property
+    def array(self):
         """As stored, mapped into memory: BF16 as uint16, FP8 as uint8."""
-        return np.memmap(self.path, STORED[self.kind], "r", self.offset, self.shape)
+        return np.asarray(np.memmap(self.path, STORED[self.kind], "r", self.offset, self.shape))
 
-    def decode(self, rows=slice(None)):
-        """Some rows, BF16 and FP8 exactly, as float32. A slice of FP8 must begin with a block."""
-        stored = xp.asarray(self.view()[rows])
+    def __getitem__(self, rows):
+        """Some rows: BF16 and FP8 exactly, as float32, then in dtype. A slice of FP8 must begin with a block."""
+        part = xp.asarray(self.array[rows if isinstance(rows, slice) else to_host(rows)])
         if self.kind == "BF16":
-            return (stored.astype(xp.uint32) << 16).view(xp.float32)
-        if self.kind != "F8_E4M3":
-            return stored
-        scale = self.scale.decode(slice(rows.start // BLOCK, -(-rows.stop // BLOCK)))
-        sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times a larger one overflows
-        require(sound, f"{self.path}: a weight_scale_inv is not a number from 0 to 6e35")
-        return dequantize(stored, scale)
+            part = (part.astype(xp.uint32) << 16).view(xp.float32)
+        if self.kind == "F8_E4M3":
+            scale = self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)]
+            sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times a larger one overflows
+            require(sound, f"{self.path}: a weight_scale_inv is not a number from 0 to 6e35")
+            part = dequantize(part, scale)
+        return part.astype(self.dtype, copy=False)
 
     def bands(self, use):
-        """use(rows, slice) for all bands, in threads on the CPU, in turn on a GPU; -> what it returned."""
-        size = (BAND if xp is np else 64 * BAND) // math.prod(self.shape[1:])
-        parts = slices(self.shape[0], max(BLOCK, size // BLOCK * BLOCK))
-        each = THREADS.map if xp is np and len(parts) > 1 else map
-        return list(each(lambda part: use(self.decode(part).astype(self.dtype, copy=False), part), parts))
+        """use(slice) for each band of rows, in threads on the CPU; -> what it returned."""
+        rows = BAND // math.prod(self.shape[1:])
+        each = THREADS.map if xp is np else map
+        return list(each(use, slices(self.shape[0], max(BLOCK, rows // BLOCK * BLOCK))))
 
     def times(self, x_MX):
-        return xp.concatenate(self.bands(lambda band_YX, part: product(x_MX, band_YX)), axis=1)
+        return xp.concatenate(self.bands(lambda rows: product(x_MX, self[rows])), axis=1)
 
     def whole(self):
         out = xp.empty(self.shape, self.dtype)
-        self.bands(lambda rows, part: out.__setitem__(part, rows))
+        self.bands(lambda rows: out.__setitem__(rows, self[rows]))
         return out
-
-    def __getitem__(self, ids):
-        return self.decode(to_host(ids)).astype(self.dtype, copy=False)
 
 
 def read_safetensors(path):
@@ -971,11 +961,11 @@ def read_safetensors(path):
     the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}, and "__metadata__"; the tensors' bytes."""
     try:
         safetensors.safe_open(path, "np")
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
     except (OSError, safetensors.SafetensorError) as e:
-        raise InputError(f"{path}: {first_line(e)}; is the download complete?") from None
+        raise InputError(f"{path}: {e}; is the download complete?") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()}  # fmt: skip
@@ -984,18 +974,16 @@ def read_safetensors(path):
 def read_shards(directory):
     """All tensors of a directory, name -> Stored. The index, if there is one, says which file holds which; a weight and
     its scale may lie in different files."""
-    index = Path(directory) / "model.safetensors.index.json"
+    index = Path(directory, "model.safetensors.index.json")
     if not index.exists():
-        return read_safetensors(index.with_name("model.safetensors"))
+        return read_safetensors(Path(directory, "model.safetensors"))
     weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict), f"{index}: lacks weight_map, which says which tensor is in which file")
+    require(isinstance(weight_map, dict), f"{index} lacks weight_map, which says which tensor is in which file")
     for shard in weight_map.values():
-        plain = isinstance(shard, str) and shard.isprintable() and os.path.basename(shard) == shard
-        require(plain, f"{index}: {shard!r:.99} is not a plain file name; shards lie beside the index")
-    shards = {shard: read_safetensors(index.with_name(shard)) for shard in set(weight_map.values())}
-    for name, shard in weight_map.items():
-        require(name in shards[shard], f"{index}: places {name!r:.99} in {shard}, which lacks it; download both again")
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+        beside = isinstance(shard, str) and os.path.basename(shard) == shard
+        require(beside, f"{index}: {shard!r:.99} is not a plain file name; shards lie beside the index")
+    shards = {shard: read_safetensors(Path(directory, shard)) for shard in set(weight_map.values())}
+    return {name: shards[shard][name] for name, shard in weight_map.items() if name in shards[shard]}
 
 
 def system_bytes(path, key):
@@ -1009,60 +997,53 @@ def system_bytes(path, key):
 class Checkpoint:
     """The weights in a directory: tensor name -> array of `xp` in `dtype`, or a Matrix; decoded when first used.
 
-    Only the tensors of `tensor_shapes` are members, each checked for its presence, shape and dtype at once; those of
-    absent MTP modules are not. memory: bytes that decoded tensors may take, by default 70 % of what is free; first
-    come, first kept, as of layers walked through in turn always the same must stay. Raises InputError.
+    Only the tensors of `tensor_shapes` are members, each checked at once; those of absent MTP modules are not. memory:
+    bytes that decoded matrices may take, by default 70 % of what is free; first come, first kept. Raises InputError.
     """
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
-        self.kept, self.stored, size = {}, read_shards(directory), 0
+        self.loaded, self.stored = {}, read_shards(directory)
         self.cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(self.stored, cfg))
         self.shapes = tensor_shapes(self.cfg)
         for name, shape in self.shapes.items():
             require(name in self.stored, f"{directory} lacks {name}; does its config.json belong to it?")
-            stored, routes = self.stored[name], ".mlp.gate." in name  # routing is computed in float32 or better
-            stored.dtype = np.promote_types(dtype, np.float32) if routes else np.dtype(dtype)
-            size += math.prod(shape) * stored.dtype.itemsize
-            self.check(name, stored, shape)
-        if memory is None:
-            free = system_bytes("/proc/meminfo", "MemAvailable") if xp is np else xp.cuda.runtime.memGetInfo()[0]
-            memory = 0.7 * (free or math.inf)
-        self.room = memory
-        if xp is not np and size <= memory:
+            self.check(name, self.stored[name], shape, np.dtype(dtype))
+        free = system_bytes("/proc/meminfo", "MemAvailable") if xp is np else xp.cuda.runtime.memGetInfo()[0]
+        self.room = 0.7 * (free or math.inf) if memory is None else memory
+        size = sum(map(math.prod, self.shapes.values())) * np.dtype(dtype).itemsize
+        if xp is not np and size <= self.room:
             self.stack_experts()
 
-    def check(self, name, stored, shape):
-        """Refuse a tensor of another shape, a dtype that no weight has, and FP8 without its scales."""
+    def check(self, name, stored, shape, dtype):
+        """Refuse another shape, an unknown dtype, FP8 without its scales; give it the dtype of the computation."""
         require(stored.kind in STORED, f"{name} has dtype {stored.kind}, not one of {', '.join(STORED)}")
         require(stored.shape == shape, f"{name} has shape {list(stored.shape)}, config.json says {list(shape)}")
+        routes = ".mlp.gate." in name  # routing is computed in float32 or better
+        stored.dtype = np.promote_types(dtype, np.float32) if routes else dtype
         if stored.kind == "F8_E4M3":
             linear_map = len(shape) == 2 and name != "model.embed_tokens.weight"
             require(linear_map, f"{name} is FP8, which only the matrix of a linear map can be")
-            scale, grid = self.stored.get(f"{name}_scale_inv"), tuple(-(-n // BLOCK) for n in shape)
-            require(scale and scale.shape == grid and scale.kind in ("F32", "BF16"),
-                    f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")  # fmt: skip
-            stored.scale = scale
+            stored.scale, grid = self.stored.get(f"{name}_scale_inv"), tuple(-(-n // BLOCK) for n in shape)
+            sound = stored.scale and stored.scale.shape == grid and stored.scale.kind in ("F32", "BF16")
+            require(sound, f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")
 
     def __contains__(self, name):
-        return name in self.shapes or name in self.kept
+        return name in self.shapes or name in self.loaded
 
     def __getitem__(self, name):
-        if name in self.kept:
-            return self.kept[name]
+        if name in self.loaded:
+            return self.loaded[name]
         stored = self.stored[name]
         is_matrix = len(stored.shape) == 2 and ".mlp.gate." not in name
-        size = math.prod(stored.shape) * stored.dtype.itemsize
         if xp is np and STORED[stored.kind] == stored.dtype.str:  # nothing to decode: it stays mapped
-            array, size = np.asarray(stored.view()), 0
-        elif is_matrix and size > self.room:
+            found = stored.array
+        elif is_matrix and math.prod(stored.shape) * stored.dtype.itemsize > self.room:
             return stored
         else:
-            array = stored.whole()
-        found = Matrix(array) if is_matrix else array
-        if size <= self.room:
-            self.room -= size
-            self.kept[name] = found
-        return found
+            found = stored.whole()
+            self.room -= found.nbytes
+        self.loaded[name] = Matrix(found) if is_matrix else found
+        return self.loaded[name]
 
     def stack_experts(self):
         """Lay all experts' matrices of one kind and layer in one array, {layer}.mlp.experts.{part}_proj.weight, for
@@ -1070,8 +1051,8 @@ class Checkpoint:
         for first in [name for name in self.shapes if ".experts.0." in name]:
             names = [first.replace(".experts.0.", f".experts.{e}.") for e in range(self.cfg.n_routed_experts)]
             stack = xp.stack([self[name].whole() for name in names])
-            self.kept[first.replace(".experts.0.", ".experts.")] = stack
-            self.kept |= {name: Matrix(stack[e]) for e, name in enumerate(names)}
+            self.loaded[first.replace(".experts.0.", ".experts.")] = stack
+            self.loaded |= {name: Matrix(stack[e]) for e, name in enumerate(names)}
 
 
 # ---- 10. Generation ------------------------------------------------------------------------------------------------
@@ -1123,8 +1104,7 @@ def draw(p_W, rng):
     if p_W[likeliest := int(np.argmax(p_W))] == 1:
         return likeliest
     cumulated = np.cumsum(p_W)
-    chosen = int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
-    return min(chosen, int(np.flatnonzero(p_W)[-1]))  # the product may round up to the very end
+    return int(np.searchsorted(cumulated / cumulated[-1], rng.random(), side="right"))
 
 
 def verify(p_W, q_W, draft, rng):
@@ -1135,12 +1115,6 @@ def verify(p_W, q_W, draft, rng):
         return True, draft
     rest_W = np.maximum(p_W - q_W, 0)
     return False, draw(rest_W if rest_W.any() else p_W, rng)  # nothing is left where p and q differ by rounding alone
-
-
-def pad(rows):
-    """Lists of token ids to one array (B, T), padded on the right with -1."""
-    T = max(map(len, rows))
-    return np.array([[*row, *[-1] * (T - len(row))] for row in rows])
 
 
 def check_prompts(prompts, cfg, max_tokens):
@@ -1154,19 +1128,41 @@ def check_prompts(prompts, cfg, max_tokens):
         require(not bad, f"prompt {n}: token id {bad[:1]!s:.99} is outside the vocabulary, 0 to {cfg.vocab_size - 1}")
 
 
+def pad(rows):
+    """Lists of token ids to one array (B, T), padded on the right with -1."""
+    return np.array(list(itertools.zip_longest(*rows, fillvalue=-1))).T
+
+
+def forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk, k=0, h_BXD=None):
+    """`forward`, or for k > 0 `mtp` of module k from states h, with `chunk` positions going through at a time."""
+
+    def step(part):
+        given = token_BT[:, part], w, cfg, cache, start_B + part.start
+        return mtp(k, h_BXD[:, part], *given) if k else forward(*given)
+
+    return xp.concatenate([step(part) for part in slices(token_BT.shape[1], chunk)], axis=1)
+
+
+def logits_from(first, count, h_BTD, w, cfg):
+    """The logits of `count` states of each row b, from h[b, first[b]] on, on the host: (B, count, W)."""
+    B, T, _ = h_BTD.shape
+    index = (np.array(first)[:, None] + np.arange(count)) % T  # rows without a draft have fewer
+    return to_host(head(h_BTD[xp.arange(B)[:, None], xp.asarray(index)], w, cfg))
+
+
 @dataclass
 class Row:
     """One sequence while it is generated."""
 
-    feed: list  # its tokens that the cache does not hold yet: the prompt at first, then the last token
+    tokens: list
     left: int  # how many tokens may still be made
     rng: np.random.Generator
     start: int = 0  # how many tokens the cache holds
-    draft: list = field(default_factory=list)  # of the token after `feed`: one, or none
+    draft: list = field(default_factory=list)  # of the next token: one, or none
     q_W: np.ndarray | None = None  # what the draft was drawn from
 
     def choose(self, logits_XW, sampling):
-        """The next token, or the next two if there is a draft and it is accepted; none if the row is done."""
+        """The next token, and the one after it if there is a draft and it is accepted; none if the row is done."""
         if not self.left:
             return []
         p_W = distribution(logits_XW[0], sampling)
@@ -1179,63 +1175,45 @@ class Row:
 def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, stats=None, chunk=CHUNK):
     """Continue each prompt; yields (row, token) as tokens are made. A row ends after max_tokens or a token in `stop`.
 
-    prompts: lists of token ids, of any lengths; rows do not influence each other, and row b draws from its own random
-    stream (seed, b). stats: a Counter of drafted, accepted, cache_bytes. speculate: draft with the first MTP module, if
-    there is one. This changes the speed, not the distribution, and not one token of greedy output (unless two logits,
-    or two affinities, are equal but for rounding).
+    prompts: lists of token ids, of any lengths; row b draws from its own random stream (seed, b). stats: a Counter of
+    drafted, accepted, cache_bytes. speculate: draft with the first MTP module, if there is one, which changes the
+    speed, not the distribution, and no token of greedy output (unless two logits are equal but for rounding).
 
     With t_n the last token, the main model sees [t_n, draft of t_n+1] in one pass. If `verify` accepts the draft, both
-    it and the token after it are known; if not, only the token in its place, and the draft's cache entry is left to be
-    overwritten. The MTP module then sees the new pairs (h_i, t_i+1) and drafts again. Its pairs hold only verified
-    tokens and states, so its cache is right after every accept and reject.
+    it and the token after it are known; if not, the token in its place, and the draft's cache entry is overwritten. Now
+    each verified state h_i has its next token: the MTP module sees these pairs, at positions i, and drafts again.
     """
-    sampling, stats, B = sampling or Sampling(), Counter() if stats is None else stats, len(prompts)
+    sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     check_prompts(prompts, cfg, max_tokens)
-    cache = Cache(B, max(map(len, prompts)) + max_tokens + 2)  # a row that is done is fed two more at most
-    streams = [np.random.default_rng([sampling.seed, b]) for b in range(B)]
-    rows = [Row(list(prompt), max_tokens, rng) for prompt, rng in zip(prompts, streams, strict=True)]
+    speculate = speculate and mtp_depth(w, cfg)
+    cache = Cache(len(prompts), max(map(len, prompts)) + max_tokens + 1)  # the last token's draft
+    rows = [Row(list(ids), max_tokens, np.random.default_rng([sampling.seed, b])) for b, ids in enumerate(prompts)]
     while True:
-        start_B, token_BT = np.array([row.start for row in rows]), pad([row.feed + row.draft for row in rows])
-        h_BTD = forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk)
-        logits_BXW = logits_from([len(row.feed) - 1 for row in rows], 1 + any(row.draft for row in rows), h_BTD, w, cfg)
-        new = [row.choose(logits_XW, sampling) for row, logits_XW in zip(rows, logits_BXW, strict=True)]
+        given = w, cfg, cache, np.array([row.start for row in rows]), chunk
+        h_BTD = forward_in_chunks(pad([row.tokens[row.start :] + row.draft for row in rows]), *given)
+        last = [len(row.tokens) - row.start - 1 for row in rows]
+        logits_BXW = logits_from(last, 1 + any(row.draft for row in rows), h_BTD, w, cfg)
         stats["cache_bytes"] = sum(kv_BSL.nbytes for kv_BSL in cache.layers.values())
-        for b, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+        for b, row in enumerate(rows):
+            new = row.choose(logits_BXW[b], sampling)
             stats["drafted"] += len(row.draft)
-            stats["accepted"] += len(tokens) == 2
-            for token in tokens:
+            stats["accepted"] += len(new) == 2
+            for token in new:
                 if row.left:
                     row.left = 0 if token in stop else row.left - 1
+                    row.tokens.append(token)
                     yield b, token
-        if speculate and mtp_depth(w, cfg) and any(row.left for row in rows):
-            draw_drafts(rows, new, h_BTD, w, cfg, cache, start_B, sampling, chunk)
         if not any(row.left for row in rows):
             return
-        for row, tokens in zip(rows, new, strict=True):
-            if tokens:
-                row.start, row.feed = row.start + len(row.feed + tokens) - 1, tokens[-1:]
+        if speculate:
+            draw_drafts(rows, h_BTD, *given, sampling)
+        for row in rows:
+            row.start = len(row.tokens) - 1
 
 
-def forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk, k=0, h_BTD=None):
-    """`forward`, or for k > 0 `mtp` of module k from states h, with `chunk` positions going through at a time."""
-
-    def step(part):
-        given = token_BT[:, part], w, cfg, cache, start_B + part.start
-        return mtp(k, h_BTD[:, part], *given) if k else forward(*given)
-
-    return xp.concatenate([step(part) for part in slices(token_BT.shape[1], chunk)], axis=1)
-
-
-def logits_from(first, count, h_BTD, w, cfg):
-    """The logits of `count` states of each row b, from h[b, first[b]] on, on the host: (B, count, W)."""
-    B, T, _ = h_BTD.shape
-    index = (np.array(first)[:, None] + np.arange(count)) % T  # rows that are done may point anywhere
-    return to_host(head(h_BTD[xp.arange(B)[:, None], xp.asarray(index)], w, cfg))
-
-
-def draw_drafts(rows, new, h_BTD, w, cfg, cache, start_B, sampling, chunk):
-    """Show the MTP module the pairs (h_i, t_i+1) that this round's new tokens complete; draw each live row's draft."""
-    pairs = [(row.feed + tokens)[1:] for row, tokens in zip(rows, new, strict=True)]
+def draw_drafts(rows, h_BTD, w, cfg, cache, start_B, chunk, sampling):
+    """Show the MTP module the pairs (h_i, t_i+1) that the new tokens complete; draw a draft for each row to go on."""
+    pairs = [row.tokens[row.start + 1 :] for row in rows]
     h_BTD = forward_in_chunks(pad(pairs), w, cfg, cache, start_B, chunk, 1, h_BTD)
     logits_BXW = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
     for row, logits_XW in zip(rows, logits_BXW, strict=True):
@@ -1252,14 +1230,14 @@ def trace(prompts, w, cfg, chunk=CHUNK):
     """
     check_prompts(prompts, cfg, 0)
     token_BT = pad(prompts)
-    (B, T), layers = token_BT.shape, cfg.num_hidden_layers
+    B, T = token_BT.shape
     given = w, cfg, Cache(B, T) if chunk else None, np.zeros(B, int), chunk or T
     with recording() as named:
-        h_BTD = forward_in_chunks(token_BT, *given)
-        record("lm_head", head(h_BTD, w, cfg))
+        h_BXD = forward_in_chunks(token_BT, *given)
+        record("lm_head", head(h_BXD, w, cfg))
         for k in range(1, min(mtp_depth(w, cfg), T - 1) + 1):
-            h_BTD = forward_in_chunks(token_BT[:, k:], *given, k, h_BTD)
-            record(f"model.layers.{layers + k - 1}.shared_head", head(h_BTD, w, cfg))
+            h_BXD = forward_in_chunks(token_BT[:, k:], *given, k, h_BXD)
+            record(f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head", head(h_BXD, w, cfg))  # logits
     return {(f"{n}/" if B > 1 else "") + name: to_host(x)[n, : max(0, x.shape[1] - T + len(prompt))]
             for n, prompt in enumerate(prompts) for name, x in named.items()}  # fmt: skip
 
@@ -1274,10 +1252,8 @@ def write_trace(path, named):
             else:
                 np.savez(file, **named)
         part.replace(path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written: {e.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):
+        if part.exists():
             part.unlink()
 
 
@@ -1287,12 +1263,9 @@ def write_trace(path, named):
 OPENING = "Once upon a time"  # the prompt where none is given
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def say(message):
+    """One line on stderr, whatever an error's text may hold."""
+    print(message.splitlines()[0], file=sys.stderr, flush=True)
 
 
 def choose_device(wanted):
@@ -1306,11 +1279,10 @@ def choose_device(wanted):
         float((one @ one).sum())  # CUDA's libraries are loaded late: NVRTC by a kernel, cuBLAS by a product
         return cupy
     except Exception as e:  # of any kind: a kernel that does not compile raises a bare Exception
-        why, absent = first_line(e), isinstance(e, ModuleNotFoundError)
-    require(wanted != "gpu", f'--device gpu: {why}; pip install "cupy-cuda13x[ctk]" or cupy-cuda12x, by the driver')
-    if not absent:
-        say(f"note: on the CPU, since CuPy does not work: {why}")
-    return np
+        require(wanted != "gpu", f"--device gpu needs cupy-cuda13x[ctk] or cupy-cuda12x, by the driver: {e}")
+        if getattr(e, "name", None) != "cupy":  # CuPy is there
+            say(f"note: on the CPU, since CuPy does not work: {e}")
+        return np
 
 
 def inspect(cfg):
@@ -1320,20 +1292,14 @@ def inspect(cfg):
     modules = sum(map(math.prod, tensor_shapes(cfg).values())) - total
     latent, H, layers = cfg.kv_lora_rank + cfg.qk_rope_head_dim, cfg.num_attention_heads, cfg.num_hidden_layers
     pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim  # one head's key and value
+    sparse = sum(not cfg.is_dense(layer) for layer in range(layers))
+    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok) * 3 * cfg.hidden_size * cfg.moe_intermediate_size
     print(f"parameters of the main model  {total:>19,}")
-    print(f"  activated per token         {activated(cfg):>19,}  embedding and head included")
+    print(f"  activated per token         {total - idle:>19,}  embedding and head included")
     print(f"parameters of MTP modules     {modules:>19,}  beside the shared embedding and head")
     print(f"cache elements per token      {latent * layers:>19,}  {2 * latent * layers:,} bytes in BF16")
     for label, heads in (("MHA", H), ("GQA, 8 key heads", 8), ("MQA", 1)):
         print(f"  with {label:<22} {heads * pair * layers:>19,}  {heads * pair / latent:.1f} times as many")
-
-
-def activated(cfg):
-    """How many parameters of the main model a token meets, embedding and head included."""
-    shapes = tensor_shapes(replace(cfg, num_nextn_predict_layers=0))
-    sparse = sum(not cfg.is_dense(layer) for layer in range(cfg.num_hidden_layers))
-    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok)
-    return sum(map(math.prod, shapes.values())) - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
 
 
 class Text:
@@ -1341,20 +1307,16 @@ class Text:
 
     def __init__(self, directory):
         path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        require(path.exists(), f"{directory} has no tokenizer.json: give token ids with --tokens")
         try:
-            import tokenizers
-
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the package is missing, or it raises a bare Exception for a malformed file
-            raise InputError(f"{path}: {first_line(e)}; --tokens takes ids without it") from None
+        except Exception as e:  # a bare Exception, if the file is absent or malformed
+            raise InputError(f"{path}: {e}; --tokens takes ids without it") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
         settings, template = read_json(settings) if settings.exists() else {}, directory / "chat_template.jinja"
         self.template = template.read_text("utf-8") if template.exists() else settings.get("chat_template")
         special = {key: settings.get(key) or "" for key in ("bos_token", "eos_token")}  # a string, or in an object
-        self.special = {key: x["content"] if isinstance(x, dict) else x for key, x in special.items()}
+        self.special = {key: str(x.get("content") if isinstance(x, dict) else x) for key, x in special.items()}
         self.bos = self.tokenizer.token_to_id(self.special["bos_token"]) if settings.get("add_bos_token") else None
 
     def encode(self, text):
@@ -1365,9 +1327,8 @@ class Text:
     def encode_chat(self, messages):
         """Token ids of a conversation. The template is a stranger's program: it runs in Jinja's sandbox, and it alone
         may write special tokens."""
-        require(self.template, "this checkpoint has no chat template; --prompt continues text")
         for token in self.tokenizer.get_added_tokens_decoder().values():
-            spelled = any(token.content in each["content"] for each in messages if each["role"] == "user")
+            spelled = any(token.content in message["content"] for message in messages)
             require(not spelled, f"a message spells out {token.content!r}, a token that only the template may write")
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -1375,15 +1336,8 @@ class Text:
             template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
             text = template.render(messages=messages, add_generation_prompt=True, **self.special)
         except Exception as e:  # jinja2 is missing, or the template fails in any way
-            raise InputError(f"the checkpoint's chat template: {first_line(e)}") from None
+            raise InputError(f"the checkpoint's chat template: {e}") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def end_tokens(directory):
-    """The ids that end a text: one, a list or null, in generation_config.json or else in config.json."""
-    path = directory / "generation_config.json"
-    ids = (read_json(directory / "config.json") | (read_json(path) if path.exists() else {})).get("eos_token_id")
-    return ids if isinstance(ids, list) else [ids]
 
 
 def parse_arguments(argv):
@@ -1408,7 +1362,7 @@ def parse_arguments(argv):
     flag("--inspect", action="store_true", help="count parameters and cache, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
     args.max_tokens = (0 if args.trace else 200) if args.max_tokens is None else args.max_tokens
-    require((args.memory or 0) >= 0 and args.max_tokens >= 0, "--memory and --max-tokens must be 0 or more")
+    require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
     require(args.chunk >= 1, f"--chunk must be 1 or more, not {args.chunk}")
     require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
     require(not (args.chat and (args.tokens or args.trace)), "--chat takes no --tokens or --trace")
@@ -1422,48 +1376,45 @@ def token_ids(text):
     return [int(token) for token in text.replace(",", " ").split()]
 
 
-def respond(prompts, go_on, text, stop):
-    """Generate, printing the first sequence as it grows and the others after it, then the line of statistics, even when
-    interrupted. go_on: `generate`, given the prompts. -> the tokens of each."""
-    stats, made, times = Counter(), [[] for _ in prompts], [time.perf_counter()]
-    stream = text and text.new_stream()
+def respond(text, given, prompts):
+    """Generate and print: text as it grows, that of further prompts and plain ids when they are complete; last, even if
+    interrupted, the line of statistics. given: what `generate` takes besides prompts. -> the tokens of each prompt."""
+    stats, made, begin, first = Counter(), [[] for _ in prompts], time.perf_counter(), None
+    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
     try:
-        for b, token in go_on(prompts, stop=stop, stats=stats):
-            times += [] if len(times) > 1 else [time.perf_counter()]
-            if b == 0 and not text:
-                print(f"{' ' if made[0] else ''}{token}", end="", flush=True)
-            elif b == 0 and token not in stop:
-                print(stream.step(text.tokenizer, token) or "", end="", flush=True)  # never half a character
-            made[b].append(token)
+        for b, token in generate(prompts, stats=stats, **given):
+            first = first or time.perf_counter()
+            stats["new"] += 1
+            if not (text and token in given["stop"]):
+                made[b].append(token)
+                if text and b == 0:
+                    print(stream.step(text.tokenizer, token) or "", end="", flush=True)  # never half a character
     finally:
-        print(flush=True)
-        for tokens in made[1:]:
-            print(text.tokenizer.decode([t for t in tokens if t not in stop]) if text else " ".join(map(str, tokens)))
-        say(statistics(sum(map(len, prompts)), made, stats, [*times, time.perf_counter()]))
+        ids = [" ".join(map(str, tokens)) for tokens in made]
+        print(*(["", *map(text.tokenizer.decode, made[1:])] if text else ids), sep="\n", flush=True)
+        say(statistics(prompts, stats, begin, first))
     return made
 
 
-def statistics(prompt, made, stats, times):
-    """The line of statistics. times: the beginning, the first token if there is one, the end. The first token of each
-    row belongs to the prompt's time."""
-    new = sum(map(len, made))
-    later = new - sum(map(bool, made))
+def statistics(prompts, stats, begin, first):
+    """The line of statistics; the first token of each row belongs to the prompt's time."""
+    end, prompt = time.perf_counter(), sum(map(len, prompts))
+    first, later = first or end, max(0, stats["new"] - len(prompts))
     peak = system_bytes("/proc/self/status", "VmHWM") if xp is np else xp.get_default_memory_pool().total_bytes()
-    return (f"prompt: {prompt} tokens, {prompt / (times[1] - times[0]):.1f} tok/s"
-            f" · new: {new} tokens, {later / (times[-1] - times[1]) if later else 0:.1f} tok/s"
+    return (f"prompt: {prompt} tokens, {prompt / (first - begin):.1f} tok/s"
+            f" · new: {stats['new']} tokens, {later / (end - first) if later else 0:.1f} tok/s"
             f" · drafted {stats['drafted']}, accepted {stats['accepted']}"
             f" · cache {stats['cache_bytes'] / 1000:.0f} KB · peak memory {peak / 1e6:.0f} MB")  # fmt: skip
 
 
-def converse(turns, go_on, text, stop):
+def converse(turns, answer, text):
     """Each of the given turns, then each line of stdin, is answered."""
+    require(text.template, "this checkpoint has no chat template; --prompt continues text")
     messages = []
-    text.encode_chat(messages)  # refuses a checkpoint that cannot chat, first of all
     for turn in itertools.chain(turns, sys.stdin):
         messages.append({"role": "user", "content": turn.strip()})
-        made = respond([text.encode_chat(messages)], go_on, text, stop)
-        answer = text.tokenizer.decode([token for token in made[0] if token not in stop])
-        messages.append({"role": "assistant", "content": answer})
+        made = answer([text.encode_chat(messages)])
+        messages.append({"role": "assistant", "content": text.tokenizer.decode(made[0])})
 
 
 def run(args):
@@ -1471,20 +1422,17 @@ def run(args):
     global xp
     cfg = read_config(args.weights)
     if args.inspect:
-        there = args.weights.is_dir() and any(args.weights.glob("model.safetensors*"))
-        inspect(Checkpoint(args.weights, cfg).cfg if there else cfg)
+        inspect(cfg)
         return
     sampling, xp = Sampling(args.temperature, args.top_k, args.top_p, args.seed), choose_device(args.device)
-    text, stop = None if args.tokens else Text(args.weights), end_tokens(args.weights)
+    text, path = None if args.tokens else Text(args.weights), args.weights / "generation_config.json"
+    end = read_json(path if path.exists() else args.weights / "config.json").get("eos_token_id")  # one, a list, or null
     w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
-    pays = xp is not np or activated(cfg) <= 2**24  # in a larger model a second row costs nearly as much as the first
-    speculate = pays if args.mtp is None else args.mtp
-
-    def go_on(prompts, **given):
-        return generate(prompts, w, cfg, args.max_tokens, sampling, speculate=speculate, chunk=args.chunk, **given)
-
+    pays = xp is not np or cfg.hidden_size <= 512  # in a large model a second row costs nearly as much as the first
+    given = {"speculate": pays if args.mtp is None else args.mtp, "stop": end if isinstance(end, list) else [end]}
+    given |= {"w": w, "cfg": cfg, "max_tokens": args.max_tokens, "sampling": sampling, "chunk": args.chunk}
     if args.chat:
-        converse(args.prompt, go_on, text, stop)
+        converse(args.prompt, functools.partial(respond, text, given), text)
         return
     prompts = args.tokens or [text.encode(prompt) for prompt in args.prompt or [OPENING]]
     check_prompts(prompts, cfg, args.max_tokens)
@@ -1492,22 +1440,20 @@ def run(args):
         write_trace(args.trace, trace(prompts, w, cfg, args.chunk))
     if not (args.prompt or args.tokens):
         print(OPENING, end="", flush=True)
-    respond(prompts, go_on, text, stop)
+    respond(text, given, prompts)
 
 
 def main(argv=None):
     """The command line. Exit codes: 0 done, 2 refused in one line, 130 interrupted."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal cannot show
     try:
         run(parse_arguments(argv))
-    except (InputError, MemoryError, UnicodeError) as e:  # too large, or text that is not UTF-8
-        say(f"deepseek_v3.py: {first_line(e)}")
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # stdout's reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is flushed there at the exit
+    except (InputError, MemoryError, OSError, UnicodeError) as e:  # UnicodeError: a prompt that is not UTF-8
+        say(f"deepseek_v3.py: {str(e) or 'not enough memory'}")
+        return 2
     return 0
 
 
