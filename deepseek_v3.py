@@ -6,14 +6,14 @@
 
     python deepseek_v3.py     tells a story with the small model beside it; --help lists what else it does
 
-Part I (sections 1-7) is the model as the paper *defines* it: equations, nothing cached, nothing skipped. Part II
-(section 8) is the same model as generation *computes* it; test_deepseek_v3.py shows the two equal in float64. Part III
-(sections 9-11) is the program around them.
+Part I (sections 1-7) is, where `cache` is None, the model as the paper *defines* it: equations, nothing cached, nothing
+skipped. Part II (section 8) is the same model as generation *computes* it, with a cache; test_deepseek_v3.py shows the
+two equal in float64. Part III (sections 9-11) is the program around them.
 
     component    definition, part I                computation, part II                 equal because
     attention    mla_naive: keys of every head     mla_absorbed: one shared latent key  q . (W_UK c) = (W_UK^T q) . c
     context      forward, the whole sequence       forward with a Cache, in any chunks  the past never sees the future
-    experts      moe_all: the sum over all         moe_computed: those with a gate      the other gates are 0
+    experts      moe_all: the sum over all         moe_computed: the chosen ones alone  the other gates are 0
     generation   one token per pass                MTP drafts, the main model verifies  the rejection rule (section 10)
 
 Without a cache, `forward` is the definition throughout: no write in place, no shape that depends on data, so it also
@@ -154,11 +154,11 @@ class Config:
     n_routed_experts: int = 256  # N_r
     num_experts_per_tok: int = 8  # K_r
     scoring_func: str = "sigmoid"  # of the affinities; DeepSeek-V2: softmax
-    topk_method: str = "noaux_tc"  # with bias and groups; V2: group_limited_greedy, or greedy, without groups
+    topk_method: str = "noaux_tc"  # bias and groups; V2: group_limited_greedy (groups), greedy (none)
     n_group: int = 8  # groups of experts, one on each node
     topk_group: int = 4  # how many groups, so nodes, a token may be sent to (the paper's M)
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5  # section 4.2: "additional scaling factors at the width bottlenecks"
+    routed_scaling_factor: float = 2.5  # not in eq. (13)
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: Yarn | None = Yarn(mscale=1.0, mscale_all_dim=1.0)
@@ -213,7 +213,7 @@ def softmax(x):
 
 
 def yarn_mscale(factor, mscale):
-    """m = 0.1 mscale ln(s) + 1, the square root of what YaRN multiplies scores by (section 4.3, for mscale 1)."""
+    """m = 0.1 mscale ln(s) + 1; YaRN multiplies scores by m^2 (section 4.3, for mscale 1; not in eq. (10))."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
@@ -281,7 +281,7 @@ def rope(x, cos, sin, interleave=True):
 
 
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
-# Every head's key and value of a token are linear in one small vector, so that vector is all that need be kept of it.
+# Every head's key and value of a token are linear in one small vector, [c_KV ; k_R], so a cache keeps nothing else.
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says: so in HF and the official code
 
@@ -409,8 +409,8 @@ def route(x_BTD, w, name, cfg):
 
 def keep_best_groups(choice_BTE, best, cfg):
     """Node-limited routing: -inf for the experts of all groups except the topk_group ones whose `best` highest (biased)
-    affinities sum highest; two, the paper's K_r / M, or V2's one. Masking with 0, as older code does, lets a masked
-    expert win where the kept ones' biased affinities are negative (DeepSeek-V3 #741)."""
+    affinities sum highest: 2 in V3 (the paper's K_r / topk_group), 1 in V2. Masking with 0, as older code does, lets a
+    masked expert win where the kept ones' biased affinities are negative (DeepSeek-V3 #741)."""
     choice_BTGX = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.n_group, -1)
     group_BTG = xp.sum(xp.sort(choice_BTGX, axis=-1)[..., -best:], axis=-1)
     keep_BTG = xp.any(one_hot(top_k(group_BTG, cfg.topk_group), cfg.n_group), axis=-2)
@@ -502,7 +502,7 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
     w: a mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
     definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds before
     position start_B[b] (0 by default), and enter it. Shorter rows are padded on the right with -1, which reads the last
-    embedding, enters no cache, and is seen by no token before it.
+    embedding, is seen by no token before it, and cached as zeros, which the row's next tokens overwrite.
     """
     embedding_WD = w["model.embed_tokens.weight"]
     pos = positions(token_BT, start_B, cfg, embedding_WD.dtype)
@@ -536,7 +536,8 @@ def mtp_depth(w, cfg):
 def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
     """Eqs. (21), (22): from the pairs (h_i^{k-1}, t_{i+k}) at positions i, the states h_i^k (B, T, D); k from 1.
 
-    Module k is layer num_hidden_layers + k - 1 of the checkpoint, a whole block with a latent cache of its own.
+    token_BT[b, j] is t_{i+k} of the pair at i = start_B[b] + j (0 by default), counted from 0. Module k is layer
+    num_hidden_layers + k - 1 of the checkpoint, a whole block with a latent cache of its own.
     Where the paper leaves a choice or the released weights differ from it:
     - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
     - h^0 is the state after `model.norm`: so in HF, vLLM and SGLang, while torchtitan takes it before (DeepSeek-V3
@@ -570,7 +571,7 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
     L_main is the mean cross-entropy of tokens 2..T+1. L_Bal is alpha times `balance_loss`, summed over all layers with
     experts (that the MTP modules' are among them is this file's reading). The default weights are the paper's lambda,
-    for the first 10T tokens, and alpha (section 4.2).
+    for the first 10 trillion tokens, and alpha (section 4.2).
 
     Returns the loss and its parts, without lambda and alpha: {"main", "mtp": [L^1, L^2, ...], "balance", "load": {name
     of the gate: load_E}}; the loads are what `update_bias` needs. The biases only choose, so their gradient is 0.
@@ -596,7 +597,7 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 # ---- 8. What generation runs: latent cache, absorption, chosen experts, products -----------------------------------
 # The same model, where a cache is given. Each piece says why it is equal to its definition in part I. A port needs
-# `Cache`, `mla_absorbed` and `moe_computed`; the rest is for speed or memory.
+# `Cache`, `mla_absorbed` (with `attention` and an einsum) and `moe_computed`; the rest is for speed or memory.
 
 
 class Cache:
@@ -604,7 +605,7 @@ class Cache:
 
     Equal because attention is causal: no later token changes an entry. An entry's index is its position, and a query
     sees no index beyond its own, so what stands behind a row's last token, such as a rejected draft, is not seen before
-    it is overwritten. The MTP layer's entry i pairs h_i with token i + 1.
+    it is overwritten. Entry i of MTP module k is of the pair (h_i^{k-1}, t_{i+k}).
     """
 
     def __init__(self, batch, capacity):
@@ -622,10 +623,10 @@ class Cache:
 def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """= mla_naive, and no key is ever expanded.
 
-    q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once per token instead of once per cached token. All
+    q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once per query instead of once per cached token. All
     heads then share the keys [c ; k_R], which is the cache's entry as it lies, and the values c: multi-query attention
-    with heads of size L, whose result W_UV expands at the end. RoPE could not have moved: its rotation would stand
-    between W_UK and the query, and it belongs to the key's position. That is why k_R is decoupled, eq. (3).
+    with heads of size L, whose result W_UV expands at the end. Were the key rotated by its position s, R_s W_UK c, its
+    absorbed query W_UK^T R_s^T q would differ for every s: that is why k_R is decoupled, eq. (3).
     """
     up_HXC = w[f"{name}.kv_b_proj.weight"].reshape(cfg.num_attention_heads, -1, cfg.kv_lora_rank)
     w_uk_HNC, w_uv_HVC = up_HXC[:, : cfg.qk_nope_head_dim], up_HXC[:, cfg.qk_nope_head_dim :]
@@ -653,21 +654,21 @@ def mla_computed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     return mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attend)
 
 
-EXPANDED = 2**29  # elements of all heads' keys and values that are expanded at most
-SCORES, QUERIES = 2**18, 256  # scores that attention holds at a time: a core's cache keeps them; queries at least
+EXPANDED = 2**29  # at most so many elements of expanded keys and values
+SCORES, QUERIES = 2**18, 256  # so many scores at a time, which a core's cache keeps; but at least so many queries
 
 
 def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
-    """= attention, a few heads and queries at a time, so that memory grows with the context and not with its square.
+    """= attention, a few heads and queries at a time, so that only few scores are held.
 
     The T H / J queries that share a key head meet it in one product. Scores are overwritten by their exponentials, and
-    divided by their sum behind the sum over values, which is linear.
+    the sum over values, which is linear, is divided by theirs.
     """
     (B, T, H, X), (S, J, Y) = q_BTHX.shape, v_BSJY.shape[1:]
     shared = H // J
     q = (wide(q_BTHX) * scale).reshape(B, T, J, shared, X).swapaxes(1, 2).reshape(B, J, T * shared, X)
     k, v, out = wide(k_BSJX).swapaxes(1, 2), wide(v_BSJY).swapaxes(1, 2), xp.empty((B, J, T * shared, Y), q.dtype)
-    limit = SCORES if xp is np else 256 * SCORES
+    limit = SCORES if xp is np else 256 * SCORES  # a GPU wants large calls
     for rows in slices(T * shared, max(QUERIES, limit // (B * J * S))):
         hidden = ~visible_BTS[:, None, xp.arange(rows.start, rows.stop) // shared]
         for heads in slices(J, max(1, limit // (B * (rows.stop - rows.start) * S))):
@@ -700,14 +701,14 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     gate_X = gate_BTK.astype(x_BTD.dtype).ravel()[xp.asarray(order_X)]
     y_MD = xp.zeros_like(x_MD)
     for e in np.unique(index_X):
-        part = slice(end_E[e - 1] if e else 0, end_E[e])  # no token chooses an expert twice
+        part = slice(end_E[e - 1] if e else 0, end_E[e])  # no row twice: no token chooses an expert twice
         y_MD[row_X[part]] += gate_X[part, None] * swiglu(x_MD[row_X[part]], w, f"{name}.experts.{e}")
     return y_MD.reshape(x_BTD.shape)
 
 
 def moe_gathered(x_BTD, w, name, index_BTK, gate_BTK):
-    """= moe_computed for few tokens: the chosen experts' matrices are copied side by side where they lie. A few large
-    calls, and the host need not wait for a GPU to learn which they are."""
+    """= moe_computed for few tokens, where a layer's experts lie in one array (as section 9 lays them on a GPU): those
+    chosen are copied side by side. A few large calls, and the host need not wait for a GPU to learn which they are."""
     x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), index_BTK.reshape(-1, index_BTK.shape[-1])
     up, gate, down = (w[f"{name}.experts.{part}_proj.weight"][index_MK] for part in ("up", "gate", "down"))
     a = gate @ x_MD[:, None, :, None]
@@ -717,8 +718,8 @@ def moe_gathered(x_BTD, w, name, index_BTK, gate_BTK):
 
 
 class Matrix:
-    """A checkpoint's weight (Y, X), which multiplies by the form that the machine does fastest. The model asks three
-    things of it: x @ matrix.T, the rows of some ids (of an embedding), and a reshape to heads."""
+    """A checkpoint's weight (Y, X), which multiplies by `product`. The model asks three things of it: x @ matrix.T, the
+    rows of some ids (of an embedding), and a reshape to heads. `Stored` (section 9) is one that lies on disk."""
 
     __array_ufunc__ = None  # so that NumPy and CuPy leave x @ matrix to __rmatmul__
     T = property(lambda self: self)  # x @ matrix.T is the only product asked for, and __rmatmul__ is it
@@ -746,8 +747,9 @@ ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by
 
 
 def product(x, w):
-    """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, for few rows: a W
-    that BLAS leaves to one core, yet larger than its cache, by dot products, which stream it faster; else (W x^T)^T."""
+    """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
+    x and a w larger than a core's cache go as (W x^T)^T; up to 4 rows and a w that BLAS leaves to one core, as dot
+    products, which stream it faster."""
     M, size = x.shape[-2], w.shape[-2] * w.shape[-1]
     if xp is not np or M > 192 or size <= 2**17:
         return x @ w.swapaxes(-1, -2)
