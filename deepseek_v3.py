@@ -776,7 +776,8 @@ ABSENT = {  # what other absent keys mean; those of Config that are not here mus
     "q_lora_rank": None, "attention_bias": False, "n_shared_experts": 0, "n_group": 1, "topk_group": 1,
     "rope_theta": 10000.0, "rope_interleave": True, "tie_word_embeddings": False, "num_nextn_predict_layers": 1,
 }  # fmt: skip
-MAY_BE_ZERO = ["first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "mscale", "mscale_all_dim"]
+MAY_BE_ZERO = ["first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "n_routed_experts",
+               "moe_intermediate_size", "mscale", "mscale_all_dim"]  # fmt: skip
 
 
 def read_json(path):
@@ -839,6 +840,9 @@ def check_config(cfg):
     require(tensors < 2**19, "num_hidden_layers times n_routed_experts makes more than half a million tensors")
     require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
     require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
+    if cfg.first_k_dense_replace >= cfg.num_hidden_layers and not cfg.num_nextn_predict_layers:
+        return  # no layer has experts
+    require(E and cfg.moe_intermediate_size, "n_routed_experts and moe_intermediate_size must be above 0")
     require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
     require(cfg.topk_group <= G, f"topk_group {cfg.topk_group} must be at most n_group {G}")
     one_each = cfg.topk_method == "noaux_tc" and E == G > 1
@@ -962,15 +966,15 @@ def read_safetensors(path):
     """A file's tensors, name -> Stored, if the safetensors library finds it sound. The format: 8 bytes, the length n of
     the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}, and "__metadata__"; the tensors' bytes."""
     try:
-        safetensors.safe_open(path, "np")
+        names = safetensors.safe_open(path, "np").keys()
     except (OSError, safetensors.SafetensorError) as e:
         raise InputError(f"{path}: {e}; is the download complete?") from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()}  # fmt: skip
+    require(all(isinstance(header[name], dict) for name in names), f"{path}: a tensor's entry is not an object")
+    return {name: Stored(path, header[name]["dtype"], tuple(header[name]["shape"]),
+                         8 + length + header[name]["data_offsets"][0]) for name in names}  # fmt: skip
 
 
 def read_shards(directory):
@@ -1164,9 +1168,7 @@ class Row:
     q_W: np.ndarray | None = None  # what the draft was drawn from
 
     def choose(self, logits_XW, sampling):
-        """The next token, and the one after it if there is a draft and it is accepted; none if the row is done."""
-        if not self.left:
-            return []
+        """The next token, and the one after it if there is a draft and it is accepted."""
         p_W = distribution(logits_XW[0], sampling)
         if not self.draft:
             return [draw(p_W, self.rng)]
@@ -1364,7 +1366,7 @@ def parse_arguments(argv):
     flag("--inspect", action="store_true", help="count parameters and cache, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
     args.max_tokens = (0 if args.trace else 200) if args.max_tokens is None else args.max_tokens
-    require(args.max_tokens >= 0, f"--max-tokens must be 0 or more, not {args.max_tokens}")
+    require((args.memory or 0) >= 0 and args.max_tokens >= 0, "--memory and --max-tokens must be 0 or more")
     require(args.chunk >= 1, f"--chunk must be 1 or more, not {args.chunk}")
     require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
     require(not (args.chat and (args.tokens or args.trace)), "--chat takes no --tokens or --trace")
@@ -1428,7 +1430,8 @@ def run(args):
         return
     sampling, xp = Sampling(args.temperature, args.top_k, args.top_p, args.seed), choose_device(args.device)
     text, path = None if args.tokens else Text(args.weights), args.weights / "generation_config.json"
-    end = read_json(path if path.exists() else args.weights / "config.json").get("eos_token_id")  # one, a list, or null
+    settings = read_json(args.weights / "config.json") | (read_json(path) if path.exists() else {})
+    end = settings.get("eos_token_id")  # one, a list, or null
     w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
     pays = xp is not np or cfg.hidden_size <= 512  # in a large model a second row costs nearly as much as the first
     given = {"speculate": pays if args.mtp is None else args.mtp, "stop": end if isinstance(end, list) else [end]}
