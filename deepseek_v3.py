@@ -805,9 +805,7 @@ def parse_config(keys):
         require(isinstance(nested, dict), f"{name} must be an object or null")
         given |= {f"{name}.{key}": value for key, value in nested.items() if value is not None}
     given["rope_scaling.type"] = given.get("rope_scaling.rope_type", given.get("rope_scaling.type", "default"))
-    only = ONLY | (V2 if given.get("model_type") == "deepseek_v2" else V3)
-    only["num_key_value_heads"] = [given.get("num_attention_heads")]
-    for key, values in only.items():
+    for key, values in (ONLY | (V2 if given.get("model_type") == "deepseek_v2" else V3)).items():
         value = given.setdefault(key, values[0])
         require(value in values, f"{key} {value!r:.99} is not implemented, only {' or '.join(map(repr, values))}")
     given = ABSENT | given | {"rope_scaling": None}
@@ -819,6 +817,8 @@ def parse_config(keys):
         given["rope_scaling"] = Yarn(**yarn)
     absent = [key for key in needed if key not in given]
     require(not absent, f"config.json lacks {', '.join(absent)}; is it that of a DeepSeek-V3?")
+    heads = given["num_attention_heads"]
+    require(given.get("num_key_value_heads", heads) == heads, "num_key_value_heads must be num_attention_heads in MLA")
     return Config(**{f.name: given[f.name] for f in fields(Config)})
 
 
@@ -986,8 +986,8 @@ def read_shards(directory):
     weight_map = read_json(index).get("weight_map")
     require(isinstance(weight_map, dict), f"{index} lacks weight_map, which says which tensor is in which file")
     for shard in weight_map.values():
-        beside = isinstance(shard, str) and os.path.basename(shard) == shard
-        require(beside, f"{index}: {shard!r:.99} is not a plain file name; shards lie beside the index")
+        plain = isinstance(shard, str) and shard.isprintable() and os.path.basename(shard) == shard != ""
+        require(plain, f"{index}: {shard!r:.99} is not a plain file name; shards lie beside the index")
     shards = {shard: read_safetensors(Path(directory, shard)) for shard in set(weight_map.values())}
     return {name: shards[shard][name] for name, shard in weight_map.items() if name in shards[shard]}
 

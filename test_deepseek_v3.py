@@ -9,23 +9,35 @@ Tests without a profile of their own try 25 examples; HYPOTHESIS_PROFILE=unshrun
 
 import cmath
 import contextlib
+import doctest
 import functools
 import importlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import time
+import tomllib
 import tracemalloc
 import types
+import warnings
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from decimal import Decimal
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
+import tokenizers
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -1141,3 +1153,1205 @@ def test_generation_statistics_are_told_in_one_line(tmp_path, monkeypatch, capsy
     made = f"drafted {stats['drafted']}, accepted {stats['accepted']} · cache {stats['cache_bytes'] / 1000:.0f} KB"
     line = rf"prompt: 5 tokens, 2.5 tok/s · new: 16 tokens, 14.0 tok/s · {made} · peak memory \d+ MB\n"
     assert stats["accepted"] > 0 and re.fullmatch(line, err)
+
+
+# ---- 9. Configuration ----------------------------------------------------------------------------------------------
+
+RELEASE = {  # the release's config.json, abridged to what matters
+    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "n_shared_experts": 1, "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
+    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8,
+    "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True, "hidden_act": "silu",
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-06, "rope_theta": 10000, "tie_word_embeddings": False,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+}  # fmt: skip
+YARN = RELEASE["rope_scaling"]
+V2_LITE = {  # what its config.json says differently
+    "model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "q_lora_rank": None, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+
+
+def without(keys, *names):
+    return {key: value for key, value in keys.items() if key not in names}
+
+
+def test_config_defaults_are_the_release():
+    assert dsv3.parse_config(RELEASE) == dsv3.Config()
+    assert dsv3.parse_config(RELEASE | {"model_type": "kimi_k2"}) == dsv3.Config()
+    v31 = RELEASE["quantization_config"] | {"scale_fmt": "ue8m0"}  # its scales are powers of two, still F32
+    assert dsv3.parse_config(RELEASE | {"quantization_config": v31}) == dsv3.Config()
+
+
+def test_config_in_both_spellings_is_one():
+    rope = without(YARN, "type") | {"rope_type": "yarn", "rope_theta": 10000, "partial_rotary_factor": None}
+    hf5 = without(RELEASE, "rope_scaling", "rope_theta", "scoring_func", "topk_method", "model_type")
+    assert dsv3.parse_config(hf5 | {"rope_parameters": rope}) == dsv3.Config()
+    assert dsv3.parse_config(hf5 | {"rope_parameters": rope, "rope_scaling": rope}) == dsv3.Config()
+    plain = dsv3.parse_config(hf5 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}})
+    assert plain == replace(dsv3.Config(), rope_scaling=None, rope_theta=5e4)
+
+
+def test_config_absent_keys_mean_one_thing_or_are_named():
+    means = {"q_lora_rank": None, "attention_bias": False, "n_shared_experts": 0, "rope_theta": 1e4,
+             "rope_interleave": True, "tie_word_embeddings": False, "rope_scaling": None, "scoring_func": "sigmoid",
+             "topk_method": "noaux_tc", "num_nextn_predict_layers": 1}  # fmt: skip
+    for absent in (lambda *names: without(RELEASE, *names), lambda *names: RELEASE | dict.fromkeys(names)):
+        ungrouped = replace(dsv3.Config(), n_group=1, topk_group=1)
+        assert dsv3.parse_config(absent("n_group", "topk_group")) == ungrouped
+        assert dsv3.parse_config(absent("num_key_value_heads", "quantization_config")) == dsv3.Config()
+        for key in without({f.name: f for f in fields(dsv3.Config)}, "n_group", "topk_group"):
+            if key in means:
+                assert dsv3.parse_config(absent(key)) == replace(dsv3.Config(), **{key: means[key]})
+            else:
+                with pytest.raises(dsv3.InputError, match=key):
+                    dsv3.parse_config(absent(key))
+
+
+def test_config_of_deepseek_v2():
+    cfg = dsv3.parse_config(RELEASE | V2_LITE)
+    assert (cfg.scoring_func, cfg.topk_method, cfg.norm_topk_prob) == ("softmax", "greedy", False)
+    assert not any(name.endswith("e_score_correction_bias") for name in dsv3.tensor_shapes(cfg))
+    unsaid = without(RELEASE | V2_LITE, "scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group")
+    assert dsv3.parse_config(unsaid) == cfg
+    groups = RELEASE | V2_LITE | {"topk_method": "group_limited_greedy", "n_group": 256, "topk_group": 8}
+    assert dsv3.parse_config(groups).topk_group == 8  # a group of one expert has a best one
+    assert dsv3.parse_config(groups | {"topk_method": "greedy", "topk_group": 1}).num_experts_per_tok == 8
+
+
+def test_config_of_a_dense_model_needs_no_experts():
+    dense = {"first_k_dense_replace": 61, "n_routed_experts": 0, "num_nextn_predict_layers": 0}
+    assert dsv3.parse_config(RELEASE | dense).is_dense(60)
+    assert not replace(dsv3.Config(), first_k_dense_replace=99).is_dense(61)  # an MTP module has experts all the same
+
+
+@pytest.mark.parametrize("change, key", [
+    ({"model_type": "llama"}, "model_type 'llama'"),
+    ({"model_type": "deepseek_v32"}, "deepseek_v32"),
+    ({"model_type": ["deepseek_v3"]}, "model_type"),
+    ({"model_type": "deepseek_v2"}, "scoring_func 'sigmoid'"),
+    (V2_LITE | {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+    (V2_LITE | {"norm_topk_prob": True}, "norm_topk_prob True"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+    ({"topk_method": "greedy"}, "topk_method 'greedy'"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
+    ({"num_key_value_heads": 8}, "num_key_value_heads"),
+    ({"rope_scaling": []}, "rope_scaling"),
+    ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
+    ({"rope_scaling": without(YARN, "factor")}, "factor"),
+    ({"rope_scaling": YARN | {"factor": "40"}}, "factor"),
+    ({"rope_scaling": YARN | {"factor": [40]}}, "factor"),
+    ({"rope_scaling": YARN | {"truncate": 1}}, "truncate"),
+    ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings"),
+    ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+    ({"rope_theta": 1}, "rope_theta"),
+    ({"rope_theta": "10000"}, "rope_theta"),
+    ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+    ({"quantization_config": {"fmt": "e5m2"}}, "e5m2"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size"),
+    ({"quantization_config": "fp8"}, "quantization_config"),
+    ({"hidden_size": "7168"}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"hidden_size": 0}, "hidden_size"),
+    ({"hidden_size": 7168.0}, "hidden_size"),
+    ({"hidden_size": 10**30}, "hidden_size"),
+    ({"rms_norm_eps": 1e-300}, "rms_norm_eps"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    ({"num_nextn_predict_layers": 10**9}, "tensors"),
+    ({"num_hidden_layers": 665}, "tensors"),
+    ({"n_routed_experts": 0}, "n_routed_experts"),
+    ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+    ({"qk_rope_head_dim": 63}, "qk_rope_head_dim"),
+    ({"n_group": 7}, "n_group"),
+    ({"n_group": 256, "topk_group": 8}, "n_group"),
+    ({"topk_group": 9}, "topk_group"),
+    ({"topk_group": 1, "num_experts_per_tok": 33}, "num_experts_per_tok"),
+])  # fmt: skip
+def test_config_refusal_names_the_key(change, key):
+    with pytest.raises(dsv3.InputError) as refusal:
+        dsv3.parse_config(RELEASE | change)
+    assert key in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_config_counts_of_the_671b_model_are_the_published(tmp_path, capsys):
+    """671B parameters, 37B activated, 61 layers of 576 cached elements, 91,991 tensors in the release's index."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASE))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert dsv3.main(["--weights", str(path), "--inspect"]) == 0
+        table = capsys.readouterr().out
+        for number in ("671,026,419,200", "37,552,297,472", "11,610,068,224", "35,136", "70,272", "71.1"):
+            assert number in table
+    shapes = dsv3.tensor_shapes(dsv3.Config())
+    scaled = sum(name.endswith(("_proj.weight", "with_mqa.weight")) for name in shapes) - 1  # not eh_proj
+    assert len(shapes) + scaled + 2 == 91_991  # the MTP module's copies of embedding and head
+
+
+# ---- 9. Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def quantised(w, power_of_two=False):
+    """The FP8 release's form of weights: every projection except eh_proj in E4M3, with a scale for each block of
+    128 x 128 that differs from its neighbours' by a factor; all else in BF16, the routers' biases in F32."""
+    out = {}
+    for name, x in w.items():
+        if not name.endswith("_proj.weight") and "with_mqa" not in name or "eh_proj" in name:
+            out[name] = x.astype(np.float32 if "bias" in name else ml_dtypes.bfloat16)
+            continue
+        grid = [-(-n // 128) for n in x.shape]
+        out[name] = np.zeros(x.shape, ml_dtypes.float8_e4m3fn)
+        out[f"{name}_scale_inv"] = scale = np.zeros(grid, np.float32)
+        for i, j in np.ndindex(*grid):
+            block = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+            least = np.abs(x[block]).max() / 448 * (1 + (i + 2 * j) % 3)
+            scale[i, j] = 2 ** np.ceil(np.log2(least)) if power_of_two else least
+            out[name][block] = (x[block] / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
+    return out
+
+
+def decoded(stored):
+    """What the tensors of an FP8 release are worth, in float32, by NumPy and ml_dtypes alone."""
+    out = {}
+    for name, x in stored.items():
+        out[name] = x.astype(np.float32)
+        if f"{name}_scale_inv" in stored:
+            scale = stored[f"{name}_scale_inv"].astype(np.float32).repeat(128, 0).repeat(128, 1)
+            out[name] = out[name] * scale[: x.shape[0], : x.shape[1]]
+    return out
+
+
+def write_stored(directory, cfg, stored, shards=2):
+    """A checkpoint of tensors of several dtypes, each as it is, dealt out to shards in the order of their names: a
+    scale comes to lie in another file than its weight."""
+    write_checkpoint(directory, cfg, {})
+    (directory / "model.safetensors").unlink()
+    weight_map = {name: f"model-{n % shards + 1}-of-{shards}.safetensors" for n, name in enumerate(sorted(stored))}
+    for shard in set(weight_map.values()):
+        save_file({name: x for name, x in stored.items() if weight_map[name] == shard}, directory / shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def whole(x):
+    return dsv3.to_host(x.whole() if isinstance(x, dsv3.Matrix) else x)
+
+
+def test_fp8_codes_are_those_of_ml_dtypes():
+    code = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = code.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert dsv3.dequantize(code, np.ones((1, 1), np.float32)).tobytes() == expected.tobytes()
+
+
+@given(st.integers(1, 300), st.integers(1, 300), seeds)
+def test_fp8_is_code_times_scale_of_its_block(rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    code = rng.choice(np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF]), (rows, columns))  # all but the NaNs
+    scale = rng.random((-(-rows // 128), -(-columns // 128)), np.float32) * 1e-3
+    value, got = code.view(ml_dtypes.float8_e4m3fn).astype(np.float32), dsv3.dequantize(code, scale)
+    expected = [[value[i, j] * scale[i // 128, j // 128] for j in range(columns)] for i in range(rows)]
+    assert got.dtype == np.float32 and np.array_equal(got, expected)
+
+
+def test_bf16_values_are_those_of_ml_dtypes(tmp_path):
+    """All 65,536, as the embedding of a checkpoint; NaNs as NaNs."""
+    cfg = replace(SMALL, vocab_size=256, hidden_size=256, num_nextn_predict_layers=0)
+    stored = make_weights(cfg, dtype=ml_dtypes.bfloat16)
+    bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    stored["model.embed_tokens.weight"] = bits.view(ml_dtypes.bfloat16)
+    w = dsv3.Checkpoint(write_stored(tmp_path / "w", cfg, stored), cfg)
+    got = whole(w["model.embed_tokens.weight"])
+    expected = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    nan = np.isnan(expected)
+    assert np.isnan(got[nan]).all() and got[~nan].tobytes() == expected[~nan].tobytes()
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_checkpoint_reads_back_as_written(tmp_path, stored, shards):
+    w = make_weights(SMALL)
+    directory = write_checkpoint(tmp_path / "w", SMALL, w, shards, stored)
+    assert dsv3.read_config(directory) == dsv3.read_config(directory / "config.json") == SMALL
+    for dtype in (np.float16, np.float32, np.float64):
+        read = dsv3.Checkpoint(directory, SMALL, dtype)
+        assert set(read.shapes) == set(w) and all(name in read for name in w) and "x" not in read
+        for name in w:
+            wide = np.promote_types(dtype, np.float32) if ".mlp.gate." in name else dtype  # routing
+            expected = w[name].astype(stored).astype(np.float64).astype(wide)
+            assert read[name].dtype == wide and np.array_equal(whole(read[name]), expected), name
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_checkpoint_of_the_fp8_release(tmp_path, power_of_two):
+    """Ragged blocks, scales in other shards, the copies of embedding and head that MTP modules carry."""
+    cfg = replace(SMALL, hidden_size=160, kv_lora_rank=140, moe_intermediate_size=130)
+    stored = quantised(make_weights(cfg), power_of_two)
+    for k in (3, 4):
+        stored[f"model.layers.{k}.embed_tokens.weight"] = stored["model.embed_tokens.weight"]
+        stored[f"model.layers.{k}.shared_head.head.weight"] = stored["lm_head.weight"]
+    directory, expected = write_stored(tmp_path / "w", cfg, stored), decoded(stored)
+    for dtype, memory in itertools.product((np.float32, np.float64), (None, 0)):
+        read = dsv3.Checkpoint(directory, cfg, dtype, memory)
+        for name in read.shapes:
+            assert np.array_equal(whole(read[name]), expected[name].astype(dtype)), name
+    named = dsv3.trace([[1, 2, 3]], read, cfg)
+    plain = dsv3.trace([[1, 2, 3]], {name: x.astype(np.float64) for name, x in expected.items()}, cfg, None)
+    for name in plain:
+        assert_close(named[name], plain[name])
+
+
+def test_memory_budgets_change_no_bit(tmp_path):
+    """From no memory for decoded weights to more than all; what stays decoded is within the budget, and fills it."""
+    cfg = replace(SMALL, vocab_size=300, hidden_size=96, intermediate_size=150, num_nextn_predict_layers=1)
+    directory = write_stored(tmp_path / "w", cfg, quantised(make_weights(cfg)))
+    prompts, seen, kept = [make_tokens(cfg, 0, 9).tolist(), [1]], [], {}
+    for memory in (None, 10**8, 600_000, 100_000, 0):
+        w = dsv3.Checkpoint(directory, cfg, memory=memory)
+        tracemalloc.start()
+        for name in w.shapes:
+            w[name]
+        kept[memory] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        seen.append([x.tobytes() for x in dsv3.trace(prompts, w, cfg).values()])
+        seen[-1] += [generated(prompts, w, cfg, 9, dsv3.Sampling(t)) for t in (0, 1.0)]
+    assert all(each == seen[0] for each in seen)
+    for memory in (600_000, 100_000):
+        assert 0.7 * memory < kept[memory] - kept[0] < 1.1 * memory < kept[10**8]
+
+
+def test_memory_of_0_reads_bands_of_rows(tmp_path):
+    """A head of several bands, the last one cropped within a block: the same bits as in memory."""
+    cfg = replace(SMALL, vocab_size=140_064, hidden_size=64, num_nextn_predict_layers=0)
+    stored = quantised(make_weights(cfg))
+    codes = np.random.default_rng(1).integers(0, 127, (cfg.vocab_size, 64), np.uint8)
+    stored["lm_head.weight"] = codes.view(ml_dtypes.float8_e4m3fn)
+    stored["lm_head.weight_scale_inv"] = np.random.default_rng(2).random((1095, 1), np.float32)
+    directory, bits = write_stored(tmp_path / "w", cfg, stored), []
+    for memory in (None, 0):
+        w = dsv3.Checkpoint(directory, cfg, memory=memory)
+        bits.append([dsv3.trace([tokens], w, cfg)["lm_head"].tobytes() for tokens in ([1], [1, 2, 3])])
+        assert np.array_equal(whole(w["lm_head.weight"]), decoded(stored)["lm_head.weight"])
+    assert bits[0] == bits[1]
+
+
+def test_memory_takes_no_more_threads_than_cores(tmp_path):
+    """As many as this process may use, which in a container are fewer than the machine has."""
+    cfg = replace(SMALL, vocab_size=400_000, hidden_size=64, num_nextn_predict_layers=0)
+    directory = write_checkpoint(tmp_path / "w", cfg, make_weights(cfg), dtype=ml_dtypes.bfloat16)
+    lines = f"""import os, threading
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import deepseek_v3 as dsv3
+before = threading.active_count()
+dsv3.main(["--weights", {str(directory)!r}, "--tokens", "1", "-n", "1", "--memory", "0", "--device", "cpu"])
+print(threading.active_count() - before)"""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system cannot bind a process to a core")
+    done = subprocess.run([sys.executable, "-c", lines], cwd=HERE, capture_output=True, timeout=120)
+    assert done.stdout.split()[-1] == b"1", done.stderr.decode()
+
+
+def test_checkpoint_leaves_out_absent_mtp_modules(tmp_path):
+    for present in (0, 1):
+        w = make_weights(replace(SMALL, num_nextn_predict_layers=present))
+        read = dsv3.Checkpoint(write_checkpoint(tmp_path / "w", SMALL, w), SMALL)
+        assert set(read.shapes) == set(w) and read.cfg.num_nextn_predict_layers == present
+        assert dsv3.mtp_depth(read, SMALL) == present
+
+
+def edit_header(directory, change):
+    """Write model.safetensors again with the header that `change` makes of its own, and the same data."""
+    raw = (directory / "model.safetensors").read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + n])
+    text = json.dumps(change(header) or header).encode()
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n :])
+
+
+def edit_bytes(directory, change):
+    path = directory / "model.safetensors"
+    path.write_bytes(change(path.read_bytes()))
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def index_says(directory, weight_map):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def restore(directory, **changes):
+    """Write the tensors again, some of them changed or, if None, left out."""
+    w = quantised(make_weights(SMALL)) | changes
+    save_file({name: x for name, x in w.items() if x is not None}, directory / "model.safetensors")
+
+
+NORM, O_PROJ = "model.norm.weight", "model.layers.0.self_attn.o_proj.weight"
+SCALE = f"{O_PROJ}_scale_inv"
+DAMAGE = {  # what was done -> how, and the word that the refusal must have
+    "empty": (lambda d: edit_bytes(d, lambda raw: b""), "model.safetensors"),
+    "cut in the header": (lambda d: edit_bytes(d, lambda raw: raw[:100]), "model.safetensors"),
+    "cut in the data": (lambda d: edit_bytes(d, lambda raw: raw[:-10]), "model.safetensors"),
+    "more data": (lambda d: edit_bytes(d, lambda raw: raw + b"more"), "model.safetensors"),
+    "absurd length": (lambda d: edit_bytes(d, lambda raw: b"\0" * 7 + b"@" + raw[8:]), "model.safetensors"),
+    "binary header": (lambda d: edit_bytes(d, lambda raw: raw[:8] + b"\xff" * (len(raw) - 8)), "model.safetensors"),
+    "a list": (lambda d: edit_header(d, lambda h: [1]), "model.safetensors"),
+    "entry without a shape": (lambda d: edit_header(d, lambda h: h[NORM].pop("shape") and None), "model.safetensors"),
+    "entry as a list": (lambda d: edit_header(d, lambda h: h | {NORM: list(h[NORM].values())}), "model.safetensors"),
+    "dtype as an object": (lambda d: edit_header(d, lambda h: h[NORM].update(dtype={})), "model.safetensors"),
+    "overlap": (lambda d: edit_header(d, lambda h: h[NORM].update(data_offsets=[0, 88])), "model.safetensors"),
+    "shape beyond the data": (lambda d: edit_header(d, lambda h: h[NORM].update(shape=[23])), "model.safetensors"),
+    "huge shape": (lambda d: edit_header(d, lambda h: h[NORM].update(shape=[0, 2**70])), "model.safetensors"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "missing tensor": (lambda d: restore(d, **{NORM: None}), NORM),
+    "integers": (lambda d: restore(d, **{NORM: np.ones(22, np.int32)}), NORM),
+    "wrong shape": (lambda d: restore(d, **{"lm_head.weight": np.ones((22, 31), np.float32)}), "lm_head.weight"),
+    "FP8 without scales": (lambda d: restore(d, **{SCALE: None}), SCALE),
+    "scales of another grid": (lambda d: restore(d, **{SCALE: np.ones((2, 1), np.float32)}), SCALE),
+    "scales in F64": (lambda d: restore(d, **{SCALE: np.ones((1, 1))}), SCALE),
+    "scale NaN": (lambda d: restore(d, **{SCALE: np.full((1, 1), np.nan, np.float32)}), "scale_inv"),
+    "scale infinite": (lambda d: restore(d, **{SCALE: np.full((1, 1), np.inf, np.float32)}), "scale_inv"),
+    "scale negative": (lambda d: restore(d, **{SCALE: np.full((1, 1), -1e-3, ml_dtypes.bfloat16)}), "scale_inv"),
+    "scale that overflows": (lambda d: restore(d, **{SCALE: np.full((1, 1), 7e35, np.float32)}), "scale_inv"),
+    "FP8 norm": (lambda d: restore(d, **{NORM: np.ones(22, ml_dtypes.float8_e4m3fn)}), NORM),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "config cut": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "config in Latin-1": (lambda d: (d / "config.json").write_bytes(b'{"x": "\xe9"}'), "config.json"),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json"),
+    "config nested": (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json"),
+    "config of a tokenizer": (lambda d: (d / "config.json").write_text('{"version": "1.0"}'), "hidden_size"),
+    "config of another size": (lambda d: edit_config(d, hidden_size=44), "shape"),
+    "a billion layers": (lambda d: edit_config(d, num_hidden_layers=10**9), "layers"),
+    "a billion experts": (lambda d: edit_config(d, n_routed_experts=10**9), "experts"),
+    "more experts": (lambda d: edit_config(d, n_routed_experts=4096), "mlp"),
+    "shard elsewhere": (lambda d: index_says(d, {NORM: "../model.safetensors"}), "index.json"),
+    "shard by its path": (lambda d: index_says(d, {NORM: str(d / "model.safetensors")}), "index.json"),
+    "shard the parent": (lambda d: index_says(d, {NORM: ".."}), ".."),
+    "shard without a name": (lambda d: index_says(d, {NORM: ""}), "safetensors"),
+    "shard of two lines": (lambda d: index_says(d, {NORM: "a\n\x1b[31mb"}), "index.json"),
+    "shard a number": (lambda d: index_says(d, {NORM: 1}), "index.json"),
+    "tensor not in its shard": (lambda d: index_says(d, {"x": "model.safetensors"}), "lacks"),
+    "index of a part": (lambda d: index_says(d, {"lm_head.weight": "model.safetensors"}), "model."),
+    "index without a map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+}
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """SMALL as an FP8 checkpoint of one file, without a tokenizer."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("fp8") / "w", SMALL, {})
+    save_file(quantised(make_weights(SMALL)), directory / "model.safetensors")
+    assert dsv3.main(["--weights", str(directory), "--tokens", "1", "-n", "1", "--device", "cpu"]) == 0
+    return directory
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_checkpoint_damaged_is_refused_in_one_line(fp8, tmp_path, capsys, how):
+    directory = shutil.copytree(fp8, tmp_path / "w")
+    damage, word = DAMAGE[how]
+    damage(directory)
+    capsys.readouterr()
+    assert dsv3.main(["--weights", str(directory), "--tokens", "1", "-n", "1", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out.strip() and len(err) < 600 and word in err
+    assert [line for line in err.splitlines() if not line.startswith("prompt: ")] == [err.splitlines()[-1]]
+
+
+VALUE = re.compile(rb'"[^"]*"|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null|\[[^][{}]*\]|\{[^{}]*\}')
+STRANGE = [
+    b"-1", b"0", b"1", b"1.5", b"1e3", b"1e999", b"null", b"true", b"false", b'"1"', b'""', b"[]", b"{}", b"[1]",
+    b"4294967296", b"18446744073709551616", b"[0,4611686018427387904]", b'"F32"', b'"BF16"', b'"F4"', b'"I64"', b'"U8"',
+    b'{"F32":null}', b'["F32",[22],[0,44]]', b'"__metadata__"', b'"model.norm.weight"', b'{"a":"b"}', b'".."', b"NaN",
+    b"9" * 5000, b"[" * 2000, b'"\\ud800"', b'"\xff"', b"\xef\xbb\xbf", b"\n", b"\0", b",", b"}", b'"yarn"',
+    b'"default"',
+]  # fmt: skip
+
+
+def spans(text, start, end):
+    """Where the values of a JSON text lie, those within lists and objects too."""
+    for found in VALUE.finditer(text, start, end):
+        yield found.span()
+        if found[0][:1] in b"[{":
+            yield from spans(text, found.start() + 1, found.end() - 1)
+
+
+@st.composite
+def edited(draw, text):
+    """The JSON of a sound file after one or two edits: a value replaced by another of the file or by a strange one, or
+    doubled; something strange put in; some bytes written over; the rest cut off."""
+    for _ in range(draw(st.integers(1, 2))):
+        values = list(spans(text, 0, len(text))) or [(0, len(text))]
+        (a, b), (c, d) = draw(st.sampled_from(values)), draw(st.sampled_from(values))
+        start, middle, end = draw(st.sampled_from([
+            *[(text[:a], draw(st.sampled_from(STRANGE)), text[b:])] * 4, *[(text[:a], text[c:d], text[b:])] * 4,
+            (text[:b], b"," + text[a:b], text[b:]), (text[:a], draw(st.sampled_from(STRANGE)), text[a:]),
+            (text[:a], draw(st.binary(max_size=4)), text[a + 4 :]), (text[:a], b"", b""),
+        ]))  # fmt: skip
+        text = start + middle + end
+    return text
+
+
+@st.composite
+def edited_safetensors(draw, raw):
+    """A sound file with an edited header, its length set right or not; or with more bytes, or fewer."""
+    n = int.from_bytes(raw[:8], "little")
+    header = draw(edited(raw[8 : 8 + n]))
+    length = draw(st.sampled_from([*[len(header)] * 5, n, len(raw), 2**63]))
+    text = length.to_bytes(8, "little") + header + raw[8 + n :]
+    return draw(st.sampled_from([*[text] * 6, text + b"more", text[: draw(st.integers(0, len(text)))]]))
+
+
+def tensors_by_the_library(directory):
+    """The decoded tensors of a directory of shards, by safetensors and ml_dtypes alone."""
+    stored, kinds = {}, {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+    for name, shard in json.loads((directory / "model.safetensors.index.json").read_bytes())["weight_map"].items():
+        entry = dict(safetensors.deserialize((directory / shard).read_bytes()))[name]
+        if entry["dtype"] in kinds:
+            stored[name] = np.frombuffer(bytes(entry["data"]), kinds[entry["dtype"]]).reshape(entry["shape"])
+    return decoded(stored)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A sound checkpoint of one layer: config.json, an index, two shards of FP8, BF16 and F32."""
+    cfg = replace(SMALL, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=2, num_experts_per_tok=1,
+                  n_group=1, topk_group=1, n_shared_experts=0, num_nextn_predict_layers=0)  # fmt: skip
+    directory = tmp_path_factory.mktemp("sound") / "w"
+    return write_stored(directory, cfg, quantised(make_weights(cfg)))
+
+
+@settings(max_examples=int(os.environ.get("FUZZ", "300")))
+@given(st.data())
+def test_checkpoint_fuzzed_is_read_as_the_library_does_or_refused(sound, data):
+    """FUZZ=20000 pytest -k fuzzed: of every file that differs from a sound one by a few edits."""
+    path = sound / data.draw(st.sampled_from(sorted(path.name for path in sound.iterdir())))
+    raw, begun = path.read_bytes(), time.process_time()
+    try:
+        path.write_bytes(data.draw(edited(raw) if path.suffix == ".json" else edited_safetensors(raw)))
+        w = dsv3.Checkpoint(sound, dsv3.read_config(sound), memory=2**20)
+        got = {name: np.array(whole(w[name])) for name in w.shapes}
+        assert np.isfinite(dsv3.rope_frequencies(w.cfg)).all() and dsv3.softmax_scale(w.cfg) > 0
+        expected = tensors_by_the_library(sound)
+    except dsv3.InputError as refusal:
+        assert str(refusal).isprintable() and len(str(refusal)) < 1000
+        return
+    finally:
+        path.write_bytes(raw)
+        assert time.process_time() - begun < 10
+    for name, x in got.items():
+        assert x.dtype == np.float32 and np.array_equal(x, expected[name], equal_nan=True), name
+
+
+def write_true_width(directory, layers, mtp):
+    """A checkpoint in the release's form and widths, of random weights: FP8 except for embedding, head, norms and
+    routers; an index, and one shard per layer, written a piece at a time."""
+    cfg = replace(dsv3.Config(), num_hidden_layers=layers, first_k_dense_replace=1, num_nextn_predict_layers=mtp)
+    rng, shards, weight_map = np.random.default_rng(0), {}, {}
+    normal = rng.standard_normal(2**22, np.float32)
+    halves, codes = normal.astype(ml_dtypes.bfloat16), (64 * normal).astype(ml_dtypes.float8_e4m3fn)
+    for name, shape in dsv3.tensor_shapes(cfg).items():
+        tensors = shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})
+        if name.endswith("e_score_correction_bias") or len(shape) == 1:
+            tensors[name] = ("F32", shape, np.full(shape, "norm" in name, np.float32))
+        elif name.endswith(("_proj.weight", "with_mqa.weight")) and "eh_proj" not in name:
+            scale = rng.uniform(0.5, 1.5, [-(-n // 128) for n in shape]).astype(np.float32) / 64 / math.sqrt(shape[1])
+            tensors[name], tensors[f"{name}_scale_inv"] = ("F8_E4M3", shape, codes), ("F32", scale.shape, scale)
+        else:
+            small = halves if "embed" in name else (halves / np.sqrt(np.float32(shape[1]))).astype(halves.dtype)
+            tensors[name] = ("BF16", shape, small)
+    for shard, tensors in shards.items():
+        header, end = {}, 0
+        for name, (dtype, shape, x) in tensors.items():
+            begin, end = end, end + math.prod(shape) * x.itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+            weight_map[name] = f"model-{shard}.safetensors"
+        with (directory / f"model-{shard}.safetensors").open("wb") as file:
+            text = json.dumps(header).encode()
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, shape, x in tensors.values():
+                for left in range(math.prod(shape), 0, -x.size):
+                    file.write(x.ravel()[:left].tobytes())
+    (directory / "config.json").write_text(json.dumps(config_json(cfg)))
+    index_says(directory, weight_map)
+    return cfg
+
+
+@pytest.mark.width
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_width_of_the_671b_model_runs_in_6_gb(tmp_path, mtp):
+    """One dense layer and one with experts: the program's own statistics, the experts' sum in float32 against float64,
+    and the time of each kind of layer with nothing kept, from which that of 61."""
+    if shutil.disk_usage(tmp_path).free < (40e9 if mtp else 20e9):
+        pytest.skip(f"needs {40 if mtp else 20} GB of disk at {tmp_path} (--basetemp DIR elsewhere)")
+    try:
+        cfg = write_true_width(tmp_path, 2, mtp)
+        code, out, err = cli("--weights", tmp_path, "--tokens", "1 2 3 4 5", "--memory", 3, "-n", 5, "--mtp")
+        print("\n" + err, end="")
+        assert code == 0 and len(out.split()) == 5 and float(re.search(r"peak memory (\d+) MB", err)[1]) < 6000
+        if not mtp:
+            time_layers(tmp_path, cfg)
+    finally:
+        shutil.rmtree(tmp_path)
+
+
+def time_layers(directory, cfg):
+    x, name, sums = np.random.default_rng(1).standard_normal((1, 1, cfg.hidden_size)), "model.layers.1.mlp", []
+    for dtype in (np.float64, np.float32):
+        w = dsv3.Checkpoint(directory, cfg, dtype, memory=0)
+        index, gate = dsv3.route(x.astype(dtype), w, name, cfg)
+        sums.append(dsv3.moe_computed(x.astype(dtype), w, name, index, gate, cfg))
+    assert_close(sums[1], sums[0], 1e-5)
+    x, cache = x.astype(np.float32), dsv3.Cache(1, 1)
+    pos, total = dsv3.positions(np.zeros((1, 1), int), np.zeros(1, int), cfg, np.float32), 0
+    for label, count, step in (("dense layer", 3, lambda: dsv3.block(x, w, 0, cfg, pos, cache)),
+                               ("layer with experts", 58, lambda: dsv3.block(x, w, 1, cfg, pos, cache)),
+                               ("head", 1, lambda: dsv3.head(x, w, cfg))):  # fmt: skip
+        start = time.perf_counter()
+        for _ in range(3):
+            step()
+        seconds = (time.perf_counter() - start) / 3
+        total += count * seconds
+        print(f"{label:20} {seconds:7.3f} s  x {count}")
+    print(f"{'a token, 61 layers':20} {total:7.1f} s")
+
+
+# ---- 11. The program -----------------------------------------------------------------------------------------------
+
+STATISTICS = re.compile(
+    r"prompt: \d+ tokens, [\d.]+ tok/s · new: \d+ tokens, [\d.]+ tok/s · drafted \d+, accepted \d+"
+    r" · cache \d+ KB · peak memory \d+ MB\n"
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content if m.role == 'user' else ' ' + m.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %} said:{% endif %}"
+)
+
+
+@pytest.fixture
+def program(capsys):
+    """The program in this process: arguments -> (exit code, stdout, stderr)."""
+
+    def call(*args):
+        capsys.readouterr()
+        code = dsv3.main([*map(str, args), *([] if "--device" in args else ["--device", "cpu"])])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def cli(*args, **kwargs):
+    """The program as a user runs it -> (exit code, stdout, stderr)."""
+    env = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "error"} | kwargs.pop("env", {})
+    command = [sys.executable, str(HERE / "deepseek_v3.py"), *map(str, args), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, env=env, timeout=600, check=False, **kwargs)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """In place of generation: `made`, the tokens that the first row gets, and `asked`, what generation was asked."""
+    script = types.SimpleNamespace(made=[], asked=[])
+
+    def generate(prompts, *args, **kwargs):
+        script.asked.append((prompts, kwargs))
+        yield from ((0, token) for token in script.made)
+
+    monkeypatch.setattr(dsv3, "generate", generate)
+    return script
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """SMALL as a checkpoint in float32, without a tokenizer."""
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "w", SMALL, make_weights(SMALL))
+
+
+def shipped_with(directory, **files):
+    """The shipped checkpoint with some files replaced (name_with_underscores=JSON or text; None leaves it out)."""
+    directory.mkdir()
+    for path in WEIGHTS.iterdir():
+        if path.is_file():
+            (directory / path.name).symlink_to(path)
+    for name, content in files.items():
+        path = directory / {"jinja": "chat_template.jinja"}.get(name, f"{name}.json")
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return directory
+
+
+def test_main_prints_token_ids_and_one_line_of_statistics(small, program):
+    prompts = [[3, 14, 15], [9]]
+    code, out, err = program(
+        "--weights", small, "-n", 7, "--dtype", "float64", "--tokens", "3 14, 15", "--tokens", "9"
+    )  # fmt: skip
+    expected = generated(prompts, dsv3.Checkpoint(small, SMALL, np.float64), SMALL, 7)
+    assert (code, out) == (0, "".join(" ".join(map(str, row)) + "\n" for row in expected))
+    assert STATISTICS.fullmatch(err) and 10 < int(re.search(r"peak memory (\d+) MB", err)[1]) < 100_000
+    assert "prompt: 4 tokens" in err and "new: 14 tokens" in err and "drafted 0" not in err
+
+
+def test_main_makes_no_token_if_asked_for_none(small, program):
+    code, out, err = program("--weights", small, "--tokens", "1 2", "-n", 0)
+    assert (code, out.strip()) == (0, "") and STATISTICS.fullmatch(err) and "new: 0 tokens" in err
+
+
+def test_main_passes_on_what_the_flags_say(small, program, monkeypatch):
+    """--chunk bounds what goes through at a time, --memory what is decoded; the seed and top-k choose the tokens."""
+    sizes, forward = [], dsv3.forward
+    monkeypatch.setattr(dsv3, "forward", lambda x_BT, *args: sizes.append(x_BT.shape) or forward(x_BT, *args))
+    flags = ["--weights", small, "--tokens", "1 2 3 4 5 6 7", "-n", 3, "--no-mtp", "--dtype", "float64"]
+    whole_prompt = program(*flags, "--memory", 0)[1]
+    assert sizes == [(1, 7), (1, 1), (1, 1)]
+    sizes.clear()
+    assert program(*flags, "--chunk", 3)[1] == whole_prompt and sizes[:3] == [(1, 3), (1, 3), (1, 1)]
+    drawn = program(*flags, "--temp", 2, "--top-k", 5, "--top-p", 0.9, "--seed", 4)[1]
+    sampling = dsv3.Sampling(2.0, 5, 0.9, 4)
+    w = dsv3.Checkpoint(small, SMALL, np.float64)
+    expected = generated([[1, 2, 3, 4, 5, 6, 7]], w, SMALL, 3, sampling, speculate=False)
+    assert [list(map(int, drawn.split()))] == expected != [list(map(int, whole_prompt.split()))]
+
+
+@pytest.mark.parametrize("end", ["npz", "safetensors"])
+def test_trace_is_written_and_nothing_generated(small, tmp_path, program, end):
+    path, flags = tmp_path / f"t.{end}", ["--weights", small, "--dtype", "float64", "--tokens", "1 2 3"]
+    code, out, err = program(*flags, "--trace", path)
+    assert (code, out.strip()) == (0, "") and "new: 0 tokens" in err
+    assert len(program(*flags, "--trace", path, "-n", 4)[1].split()) == 4
+    read = dict(np.load(path)) if end == "npz" else load_file(path)
+    expected = dsv3.trace([[1, 2, 3]], dsv3.Checkpoint(small, SMALL, np.float64), SMALL)
+    assert read.keys() == expected.keys() and all(np.array_equal(read[name], expected[name]) for name in expected)
+    assert list(read) == list(expected) or end != "npz"
+    program(*flags, "--trace", path, "--chunk", 1)
+    absorbed = dict(np.load(path)) if end == "npz" else load_file(path)
+    for name, x in expected.items():
+        assert_close(absorbed[name], x)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("end", ["npz", "safetensors"])
+def test_trace_is_written_whole_or_not_at_all(small, tmp_path, program, monkeypatch, end):
+    path = tmp_path / f"t.{end}"
+    path.write_text("as it was")
+    flags = ["--weights", small, "--tokens", "1", "--trace", path]
+
+    def full_disk(file=None, *_, **__):
+        if hasattr(file, "write"):
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for fault, code in ((full_disk, 2), (interrupted, 130)):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", fault)
+            patch.setattr(safetensors.numpy, "save", fault)
+            got, out, err = program(*flags)
+        assert (got, out, err.count("\n")) == (code, "", int(code == 2)) and ("No space left" in err) == (code == 2)
+        assert path.read_text() == "as it was" and [each.name for each in tmp_path.iterdir()] == [path.name]
+    (tmp_path / f"d.{end}").mkdir()
+    for bad in (tmp_path / f"d.{end}", tmp_path / "none" / f"t.{end}", path / f"t.{end}"):
+        code, out, err = program(*flags[:-1], bad)
+        assert (code, out, err.count("\n")) == (2, "", 1) and str(bad) in err
+    assert sorted(each.name for each in tmp_path.iterdir()) == [f"d.{end}", path.name]
+
+
+def test_inspect_counts_the_configurations_parameters(small, program):
+    sizes = [x.size for x in make_weights(replace(SMALL, num_nextn_predict_layers=0)).values()]
+    code, out, err = program("--weights", small, "--inspect")
+    assert (code, err) == (0, "") and f"{sum(sizes):,}" in out
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        dsv3.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    for flag in ("--prompt", "--tokens", "--weights", "--max-tokens", "--max-new-tokens", "--temperature", "--temp",
+                 "--top-p", "--top-k", "--seed", "--device", "--dtype", "--mtp", "--no-mtp", "--memory", "--chunk",
+                 "--chat", "--trace", "--inspect"):  # fmt: skip
+        assert flag in out
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--no-such-flag"], "--no-such-flag"), (["-n", "x"], "-n"), (["-n", "-1"], "--max-tokens"),
+    (["--tokens", "1 a"], "--tokens"), (["--tokens", ""], "tokens"), (["--tokens", "1", "-p", "x"], "--prompt"),
+    (["--tokens", "31"], "31"), (["--tokens=-1"], "-1"), (["--tokens", "9" * 30], "9" * 20),
+    (["--tokens", "0 " * 513], "513"), (["--tokens", "1", "-n", "512"], "tokens"),
+    (["--tokens", "1", "--weights", "no-such-directory"], "no-such-directory"),
+    (["--tokens", "1", "--weights", "README.md"], "README.md"),
+    (["--temperature", "-1"], "temperature"), (["--temp", "nan"], "temperature"), (["--top-p", "0"], "top"),
+    (["--top-p", "1.01"], "top"), (["--top-p", "nan"], "top"), (["--top-k", "-1"], "top"), (["--seed", "-1"], "seed"),
+    (["--dtype", "int8"], "--dtype"), (["--device", "tpu"], "--device"), (["--memory", "-1"], "--memory"),
+    (["--memory", "nan"], "--memory"), (["--chunk", "0"], "--chunk"), (["--chat", "--tokens", "1"], "--chat"),
+    (["--prompt", "x"], "--tokens"), (["--chat"], "--tokens"),
+])  # fmt: skip
+def test_request_refused_is_one_line_and_exit_code_2(small, program, args, word):
+    code, out, err = program(*([] if "--weights" in args else ["--weights", small]), *args)
+    assert (code, out, err.count("\n")) == (2, "", 1) and word in err and len(err) < 500
+
+
+def test_request_too_large_for_the_memory_is_one_line(small, program, monkeypatch):
+    def all_gone(*_, **__):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(dsv3, "forward", all_gone)
+    code, _, err = program("--weights", small, "--tokens", "1")
+    assert code == 2 and "Unable to allocate 9 GiB" in err.splitlines()[-1]
+
+
+def test_memory_is_taken_freely_where_the_system_tells_nothing(small, program, monkeypatch):
+    def no_proc(path, *_):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(dsv3.Path, "read_text", no_proc)  # as on Windows
+    code, _, err = program("--weights", small, "--tokens", "1", "-n", 1, "--dtype", "float64")
+    assert code == 0 and STATISTICS.fullmatch(err) and "peak memory 0 MB" in err
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path, program):
+    w = make_weights(SMALL) | {"lm_head.weight": np.full((31, 22), np.nan)}
+    code, out, err = program("--weights", write_checkpoint(tmp_path / "w", SMALL, w), "--tokens", "1")
+    assert code == 2 and not out.strip() and "finite" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("width, flags, drafts", [
+    (512, [], True), (514, [], False), (512, ["--no-mtp"], False), (514, ["--mtp"], True),
+])  # fmt: skip
+def test_speculation_is_the_default_in_small_models(program, tmp_path, width, flags, drafts):
+    cfg = replace(SMALL, hidden_size=width)
+    write_checkpoint(tmp_path / "w", cfg, make_weights(cfg))
+    code, _, err = program("--weights", tmp_path / "w", "--tokens", "1", "-n", 12, *flags)
+    assert code == 0 and ("drafted 0" not in err) == drafts
+
+
+@pytest.mark.parametrize("generation, config, ends", [
+    (None, 1, [1]), (None, None, []), (None, [1, 2], [1, 2]), ([3, 4], 1, [3, 4]), (5, 1, [5]),
+    ({}, 7, [7]),
+])  # fmt: skip
+def test_end_tokens_of_either_file_end_a_text(tmp_path, program, scripted, generation, config, ends):
+    write_checkpoint(tmp_path / "w", SMALL, make_weights(SMALL))
+    edit_config(tmp_path / "w", eos_token_id=config)
+    if generation is not None:
+        keys = generation if isinstance(generation, dict) else {"eos_token_id": generation}
+        (tmp_path / "w" / "generation_config.json").write_text(json.dumps(keys))
+    assert program("--weights", tmp_path / "w", "--tokens", "1")[0] == 0
+    stop = scripted.asked[0][1]["stop"]
+    assert [token for token in range(31) if token in stop] == ends
+
+
+class Broken:
+    """A CuPy that is there, but whose first kernel fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def ones(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [
+    ImportError("no reason in one line\nor two"), OSError("no reason in one line"),
+    Exception("no reason in one line\n"),
+    ModuleNotFoundError("no reason in one line", name="fastrlock"),
+])  # fmt: skip
+def test_device_auto_says_why_it_takes_the_cpu(small, program, monkeypatch, error):
+    monkeypatch.setitem(sys.modules, "cupy", Broken(error))
+    monkeypatch.setattr(dsv3, "xp", np)
+    flags = ["--weights", small, "--tokens", "1 2", "-n", 3, "--device"]
+    code, out, err = program(*flags, "auto")
+    note, statistics = err.splitlines(keepends=True)
+    assert (code, out) == (0, program(*flags, "cpu")[1]) and "no reason in one line\n" in note
+    assert STATISTICS.fullmatch(statistics)
+    code, out, err = program(*flags, "gpu")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no reason in one line" in err
+
+
+def test_device_auto_says_nothing_where_there_is_no_cupy(small, program, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(dsv3, "xp", np)
+    flags = ["--weights", small, "--tokens", "1 2", "-n", 3, "--device"]
+    assert STATISTICS.fullmatch(program(*flags, "auto")[2])
+    code, out, err = program(*flags, "gpu")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "cupy" in err
+
+
+def test_device_is_the_gpu_where_cupy_works(monkeypatch):
+    works = types.SimpleNamespace(ones=np.ones)
+    monkeypatch.setitem(sys.modules, "cupy", works)
+    assert dsv3.choose_device("auto") is dsv3.choose_device("gpu") is works and dsv3.choose_device("cpu") is np
+
+
+# ---- 11. Text and chat ---------------------------------------------------------------------------------------------
+
+
+def test_text_is_never_printed_by_half_characters(program, scripted, monkeypatch):
+    words = "na\u00efve caf\u00e9 \U0001f600 \u4f60\u597d."
+    tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    scripted.made = [*tokenizer.encode(words, add_special_tokens=False).ids, 1]
+    pieces = []
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=pieces.append, flush=lambda: None))
+    assert program("-p", "x")[0] == 0
+    assert len(scripted.made) > len(words) and "".join(pieces).strip() == words  # and the end token is no text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_text_begins_with_one_bos(program, scripted, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    bos = tokenizer.id_to_token(0)
+    tokenizer.post_processor = tokenizers.processors.ByteLevel()  # as in releases, whose tokenizer adds none
+    settings = {"add_bos_token": True, "bos_token": {"content": bos}}
+    bare = shipped_with(tmp_path / "w", tokenizer=tokenizer.to_str(), tokenizer_config=settings)
+    for directory in (WEIGHTS, bare):
+        program("--weights", directory, "-p", "Tom", "-p", "", "-p", "Tom sat")
+        tom, empty, sat = scripted.asked.pop()[0]
+        assert empty == [0] and tom[0] == sat[0] == 0 and tom.count(0) == sat.count(0) == 1 and len(tom) > 1
+    program("--weights", bare, "-p", f"{bos}Tom")
+    assert scripted.asked.pop()[0] == [tom]
+    none = shipped_with(tmp_path / "v", tokenizer=tokenizer.to_str(), tokenizer_config=None)
+    program("--weights", none, "-p", "Tom")
+    assert scripted.asked.pop()[0] == [tom[1:]]
+
+
+def test_text_is_not_cut_by_the_tokenizers_own_limits(program, scripted, tmp_path):
+    tokenizer = json.loads((WEIGHTS / "tokenizer.json").read_text("utf-8"))
+    tokenizer["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    tokenizer["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                            "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+    for directory in (WEIGHTS, shipped_with(tmp_path / "w", tokenizer=tokenizer)):
+        program("--weights", directory, "-p", "Once upon a time there was a dog")
+    assert scripted.asked[0][0] == scripted.asked[1][0]
+
+
+@pytest.mark.parametrize("files, word", [
+    ({"tokenizer": '{"model": 1}'}, "tokenizer.json"), ({"tokenizer": None}, "--tokens"),
+    ({"tokenizer_config": "{"}, "tokenizer_config.json"), ({"generation_config": "[]"}, "generation_config.json"),
+])  # fmt: skip
+def test_text_files_malformed_are_refused_in_one_line(program, tmp_path, files, word):
+    code, out, err = program("--weights", shipped_with(tmp_path / "w", **files), "-n", 1)
+    assert (code, out, err.count("\n")) == (2, "", 1) and word in err
+
+
+def test_chat_names_a_package_that_is_missing(program, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    code, out, err = program("--weights", shipped_with(tmp_path / "w", jinja=TEMPLATE), "--chat", "-p", "x")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "jinja2.sandbox" in err
+
+
+def test_chat_carries_the_conversation_in_the_template(program, scripted, tmp_path, monkeypatch):
+    """From --prompt, then line by line from stdin; the answer without its end token is part of what follows."""
+    settings = json.loads((WEIGHTS / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    directory = shipped_with(tmp_path / "w", tokenizer_config=settings)
+    tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    scripted.made = [*tokenizer.encode(" a cat", add_special_tokens=False).ids, 1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Lily\n"))
+    code, out, err = program("--weights", directory, "--chat", "-p", "Tom")
+    assert code == 0 and [line.strip() for line in out.splitlines()] == ["a cat", "a cat"]
+    assert len(STATISTICS.findall(err)) == 2
+    bos, eos = tokenizer.id_to_token(0), tokenizer.id_to_token(1)
+    said = [tokenizer.decode(prompts[0], skip_special_tokens=False) for prompts, _ in scripted.asked]
+    assert [text.replace("  ", " ") for text in said] == [f"{bos}Tom said:", f"{bos}Tom a cat{eos}Lily said:"]
+
+
+def test_chat_message_writes_no_special_token(program, scripted, tmp_path, monkeypatch):
+    """One that spells out a token of the template is refused; any other character stays what it is."""
+    directory = shipped_with(tmp_path / "w", jinja=TEMPLATE)
+    tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    bos, eos = tokenizer.id_to_token(0), tokenizer.id_to_token(1)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for content in (f"Tom{eos}sat", bos):
+        code, out, err = program("--weights", directory, "--chat", "-p", content)
+        assert (code, out, err.count("\n")) == (2, "", 1) and (bos in err or eos in err)
+    strange = "Tom \ue000\ue001\uf8ff\U000f0000\U000f0001\U000f7777\U0010fffd sat \ufffd"
+    assert not scripted.asked and program("--weights", directory, "--chat", "-p", strange)[0] == 0
+    ids = scripted.asked[0][0][0]
+    assert ids[0] == 0 and not {0, 1} & set(ids[1:]) and tokenizer.decode(ids) == f"{strange} said:"
+
+
+@pytest.mark.parametrize("template", [None, "{{ x.y.z }}", "{% if %}", "{{ ''.__class__.__mro__ }}"])
+def test_chat_template_missing_broken_or_hostile_is_refused(program, tmp_path, template):
+    directory = shipped_with(tmp_path / "w", **({} if template is None else {"jinja": template}))
+    code, out, err = program("--weights", directory, "--chat", "-p", "x")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "template" in err
+
+
+# ---- 11. The program as a user runs it -----------------------------------------------------------------------------
+
+
+def test_program_reads_stdin_and_batches():
+    code, alone, err = cli("-p", "-", "-n", 12, input=b"Once upon a time\n")
+    assert code == 0 and STATISTICS.fullmatch(err)
+    code, both, _ = cli("-p", "Once upon a time", "-p", "Tom and Lily went", "-n", 12)
+    assert code == 0 and both.startswith(alone) and len(both) > len(alone) + 12
+    assert cli("-n", 12)[:2] == (0, "Once upon a time" + alone)
+
+
+def test_program_refuses_what_is_not_text():
+    for args, stdin in ((["-p", "-"], b"\xff\xfe"), (["-p", b"\xff".decode("utf-8", "surrogateescape")], b"")):
+        code, out, err = cli(*args, input=stdin)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "utf-8" in err.lower()
+
+
+def test_program_ends_quietly_where_its_pipe_is_closed():
+    command = f"{sys.executable} deepseek_v3.py -n 100 2>&1 | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=HERE, capture_output=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout) == 1 and not done.stderr
+
+
+def test_program_interrupted_ends_with_the_statistics():
+    """The signal handler is set here, as tests that run in the background would ignore Ctrl-C."""
+    lines = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    lines += "sys.argv = ['deepseek_v3.py', '-n', '900']; runpy.run_path('deepseek_v3.py', run_name='__main__')"
+    with subprocess.Popen([sys.executable, "-c", lines], cwd=HERE, stdout=-1, stderr=-1) as running:
+        running.stdout.read(20)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and out.endswith(b"\n") and STATISTICS.fullmatch(err.decode())
+
+
+def test_program_on_a_terminal_that_is_not_utf8_has_no_traceback():
+    flags = ["-n", 60, "--temp", 9, "--seed", 3]
+    assert not cli(*flags)[1].isascii()
+    code, _, err = cli(*flags, env={"PYTHONIOENCODING": "ascii"})
+    assert code == 2 and "ascii" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_program_has_no_traceback_where_its_streams_are_full():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} deepseek_v3.py -n 3 > /dev/full"], cwd=HERE,
+                          capture_output=True, timeout=60)  # fmt: skip
+    assert done.returncode and b"Traceback" not in done.stderr and b"No space left" in done.stderr
+
+
+# ---- The shipped checkpoint ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The shipped weights, and what Hugging Face transformers makes of them: index.json says how."""
+    index = json.loads((WEIGHTS / "vectors" / "index.json").read_text("utf-8"))
+    expected = load_file(WEIGHTS / "vectors" / "expected.safetensors")
+    return types.SimpleNamespace(
+        cfg=dsv3.read_config(WEIGHTS),
+        story=index["shipped_story"],
+        greedy=expected["shipped_story/0/tokens"].tolist(),
+        text=index["shipped"],
+        logits=expected["shipped/lm_head"],
+    )
+
+
+def test_shipped_model_has_all_of_the_structure(shipped):
+    cfg, w = shipped.cfg, dsv3.Checkpoint(WEIGHTS, shipped.cfg)
+    assert 0 < cfg.first_k_dense_replace < cfg.num_hidden_layers and cfg.q_lora_rank and cfg.rope_scaling
+    assert cfg.n_shared_experts and 1 < cfg.topk_group < cfg.n_group and cfg.n_routed_experts >= 16
+    assert dsv3.mtp_depth(w, cfg) == 1
+    biases = [w[name] for name in w.shapes if name.endswith("e_score_correction_bias")]
+    assert all(np.ptp(bias) > 0.01 for bias in biases)  # the balancing has moved them
+
+
+def test_shipped_text_has_the_ids_of_hugging_face(shipped, program, scripted):
+    program("-p", shipped.text["text"])
+    program()
+    assert [prompts for prompts, _ in scripted.asked] == [shipped.text["prompts"], shipped.story["prompts"]]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+@pytest.mark.parametrize("speculate", [False, True])
+def test_shipped_story_is_that_of_hugging_face(shipped, speculate, chunk):
+    """Token for token to its end, alone and in a batch, of which the other prompt ends earlier or later."""
+    w, (prompt,), n = dsv3.Checkpoint(WEIGHTS, shipped.cfg), shipped.story["prompts"], len(shipped.greedy)
+    stats = Counter()
+    given = {"stop": [1], "speculate": speculate, "chunk": chunk}
+    assert generated([prompt], w, shipped.cfg, 200, stats=stats, **given) == [shipped.greedy]
+    assert (stats["accepted"] > 0.6 * stats["drafted"] > 0) == speculate
+    assert generated([[0, 268], prompt], w, shipped.cfg, 60, **given)[1] == shipped.greedy[: min(60, n)]
+
+
+def test_shipped_story_is_what_the_program_prints(shipped):
+    tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    for flags in ([], ["--no-mtp", "--chunk", 3]):
+        code, out, err = cli(*flags)
+        assert (code, out) == (0, shipped.story["text"] + tokenizer.decode(shipped.greedy) + "\n")
+        assert ("drafted 0," in err) == bool(flags)
+
+
+# ---- Documents -----------------------------------------------------------------------------------------------------
+
+
+def console_lines():
+    """The README's commands, `$ ` taken off, each with the output shown below it."""
+    for block in re.findall(r"```console\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S):
+        for command in re.split(r"^\$ ", block, flags=re.M)[1:]:
+            line, _, output = command.partition("\n")
+            yield line, output
+
+
+def test_readme_shows_what_its_commands_print(tmp_path):
+    """Those of the page. config.json, where it is named, is the release's."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASE))
+    shown = [(line.split("&& ")[-1], output) for line, output in console_lines() if output]
+    shown = [(shlex.split(line), output) for line, output in shown if "python deepseek_v3.py" in line]
+    assert shown
+    for words, output in shown:
+        code, out, err = cli(*(tmp_path / word if word == "config.json" else word for word in words[2:]))
+        assert (code, out) == (0, output), err
+
+
+def test_readme_names_what_exists():
+    text, tests = (HERE / "README.md").read_text("utf-8"), (HERE / "test_deepseek_v3.py").read_text("utf-8")
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert (HERE / target).exists(), target
+    for line, _ in console_lines():
+        for path in re.findall(r"[\w./-]+\.(?:py|mjs|txt)\b", line):
+            assert (HERE / path).exists(), line
+    for selection in re.findall(r"-k \"?([\w ]+)", text):
+        for word in set(selection.split()) - {"and", "or", "not"}:
+            assert word == "NAME" or re.search(rf"^def test_\w*{word}", tests, re.M), word
+
+
+def test_readme_python_runs(monkeypatch):
+    monkeypatch.chdir(HERE)
+    programs = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)
+    assert programs
+    for program in programs:
+        exec(program, {})
+
+
+def test_docstring_examples_are_true():
+    failed, attempted = doctest.testmod(dsv3)
+    assert failed == 0 and attempted
+
+
+def test_script_metadata_is_what_requirements_say():
+    """What `uv run deepseek_v3.py` installs: the requirements above those of the tests."""
+    source, required = (HERE / "deepseek_v3.py").read_text("utf-8"), (HERE / "requirements.txt").read_text("utf-8")
+    metadata = re.match(r"# /// script\n(.*?)# ///\n", source, re.S)[1]
+    needed = re.findall(r"^[\w>=.]+", required.partition("# Tests")[0], re.M)
+    assert tomllib.loads(re.sub("^# ", "", metadata, flags=re.M))["dependencies"] == needed
+
+
+def test_warnings_are_errors_except_in_hypothesis_own_report():
+    """A failing property makes Hypothesis import packages that warn; an error there would end the whole run."""
+    with pytest.raises(UserWarning):
+        warnings.warn("any", UserWarning, stacklevel=1)
+    warnings.warn("mypy_extensions.TypedDict is deprecated", DeprecationWarning, stacklevel=1)
+
+
+# ---- A GPU: `pytest -m gpu -s`. The same checks run on a stand-in for CuPy in .ci/test_cupy.py ---------------------
+
+
+@contextlib.contextmanager
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dsv3, "xp", np)
+        yield
+
+
+def gpu_agrees_with_numpy_and_hugging_face(shipped, tmp_path):
+    """float64 to 1e-12 of the largest value, float32 to 3e-5, over structures; the shipped model as HF computes it."""
+    v2 = replace(SMALL, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False)
+    plain = replace(SMALL, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2, rope_scaling=None)
+    others = replace(SMALL, attention_bias=True, rope_interleave=False, tie_word_embeddings=True)
+    precisions = [(np.float64, 1e-12), (np.float32, 3e-5)]
+    for cfg, (dtype, tolerance) in itertools.product([SMALL, v2, plain, others], precisions):
+        w = make_weights(cfg, dtype=dtype)
+        prompts = [make_tokens(cfg, 0, 11).tolist(), [1]]
+        with on_the_cpu():
+            expected = dsv3.trace(prompts, w, cfg, None)
+        for chunk in (1, 3, 1024):
+            named = dsv3.trace(prompts, {name: dsv3.xp.asarray(x) for name, x in w.items()}, cfg, chunk)
+            for name, x in expected.items():
+                assert named[name].dtype == x.dtype
+                assert_close(named[name], x, 0 if "indices" in name else tolerance)
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-4)):
+        named = dsv3.trace(shipped.text["prompts"], dsv3.Checkpoint(WEIGHTS, shipped.cfg, dtype), shipped.cfg)
+        assert_close(named["lm_head"], shipped.logits, tolerance)
+
+
+def gpu_tells_the_shipped_story(shipped, tmp_path):
+    """Greedy: the tokens of Hugging Face. Sampled: those that NumPy draws from the same seed."""
+    prompts, cfg = shipped.story["prompts"], shipped.cfg
+    for speculate in (False, True):
+        w, start = dsv3.Checkpoint(WEIGHTS, cfg), time.perf_counter()
+        assert generated(prompts, w, cfg, len(shipped.greedy), speculate=speculate) == [shipped.greedy]
+        print(f"the story, speculation {speculate}: {time.perf_counter() - start:.1f} s")
+        sampled = generated([*prompts, [0]], w, cfg, 20, dsv3.Sampling(0.7, seed=3), speculate=speculate)
+        with on_the_cpu():
+            w = dsv3.Checkpoint(WEIGHTS, cfg)
+            assert sampled == generated([*prompts, [0]], w, cfg, 20, dsv3.Sampling(0.7, seed=3), speculate=speculate)
+
+
+def gpu_in_half_precision(shipped, tmp_path):
+    """float16 is for speed: its logits are within 2 % of float64's, by their root mean square."""
+    named = dsv3.trace(shipped.text["prompts"], dsv3.Checkpoint(WEIGHTS, shipped.cfg, np.float16), shipped.cfg)
+    error = named["lm_head"] - shipped.logits
+    assert named["lm_head"].dtype == np.float16
+    assert np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(shipped.logits**2))
+
+
+def gpu_streams_what_does_not_fit(shipped, tmp_path):
+    directory = write_stored(tmp_path / "w", SMALL, quantised(make_weights(SMALL)))
+    prompt = make_tokens(SMALL, 0, 9).tolist()
+    with on_the_cpu():
+        w = dsv3.Checkpoint(directory, SMALL, np.float64)
+        logits, tokens = dsv3.trace([prompt], w, SMALL)["lm_head"], generated([prompt], w, SMALL, 9)
+    for memory in (None, 40_000, 0):
+        w = dsv3.Checkpoint(directory, SMALL, np.float64, memory)
+        assert_close(dsv3.trace([prompt], w, SMALL)["lm_head"], logits)
+        assert generated([prompt], w, SMALL, 9) == tokens
+
+
+def gpu_decodes_at_the_speed_of_its_memory(shipped, tmp_path):
+    """Prints the bytes of weights that decoding reads per second, beside what adding 1 to a large array moves. Four
+    layers about as wide as Moonlight's; on the stand-in the small model, so that these lines run in every test."""
+    xp, large = dsv3.xp, dsv3.xp.__name__ == "cupy"
+    cfg, n = replace(SMALL, num_nextn_predict_layers=0), 50 if large else 6
+    if large:
+        cfg = dsv3.Config(vocab_size=32000, hidden_size=2048, num_hidden_layers=4, num_attention_heads=16,
+                          q_lora_rank=None, intermediate_size=8192, first_k_dense_replace=1, n_routed_experts=64,
+                          moe_intermediate_size=1024, n_group=1, topk_group=1, num_nextn_predict_layers=0)  # fmt: skip
+    x = xp.zeros(2**28 if large else 2**8, np.float32)
+    for _ in range(2):  # the first time is for kernels to be compiled
+        start = time.perf_counter()
+        for _ in range(10):
+            x = x + 1
+        assert dsv3.to_host(x[:1]) >= 10
+        memory = 20 * x.nbytes / (time.perf_counter() - start)
+    for dtype in (np.float32, np.float16):
+        w, E = {}, cfg.n_routed_experts
+        for name, shape in dsv3.tensor_shapes(cfg).items():
+            if ".experts.0." in name:
+                w[name.replace(".0.", ".")] = xp.full((E, *shape), 0.01, dtype)
+            elif ".experts." not in name:
+                w[name] = xp.full(shape, 0.01, np.float32 if ".mlp.gate." in name else dtype)
+        times = [time.perf_counter() for _ in dsv3.generate([[1]], w, cfg, n, speculate=False)]
+        read = sum(x.size * (cfg.num_experts_per_tok / E if ".experts." in name else 1) for name, x in w.items())
+        read -= w["model.embed_tokens.weight"].size
+        rate = (n - 1 - n // 5) / (times[-1] - times[n // 5])
+        share = rate * read * np.dtype(dtype).itemsize / memory
+        print(f"{np.dtype(dtype)}: {rate:.1f} tokens/s, {share:.1%} of the memory's {memory / 1e9:.0f} GB/s")
+
+
+GPU_CHECKS = [gpu_agrees_with_numpy_and_hugging_face, gpu_tells_the_shipped_story, gpu_in_half_precision,
+              gpu_streams_what_does_not_fit, gpu_decodes_at_the_speed_of_its_memory]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", GPU_CHECKS)
+def test_gpu(check, shipped, tmp_path, monkeypatch):
+    try:
+        monkeypatch.setattr(dsv3, "xp", dsv3.choose_device("gpu"))
+    except dsv3.InputError as reason:
+        pytest.skip(str(reason))
+    check(shipped, tmp_path)
