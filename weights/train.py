@@ -1,18 +1,25 @@
 """Train the checkpoint in this directory by differentiating deepseek_v3.py itself.
 
-    pip install jax tokenizers safetensors ml_dtypes tqdm
-    python weights/train.py --text TinyStories-valid.txt --out my-weights
+    pip install jax optax tokenizers safetensors ml_dtypes tqdm
+    python weights/train.py --text TinyStoriesV2-GPT4-train.txt --out my-weights
 
 `xp` becomes jax.numpy, and `jax.value_and_grad` of `training_objective` is the training step: there is no second copy
-of the model. The recipe is that of section 4.2 of the paper, each part on; the table in README.md beside this file says
-where its numbers depart. A run that was stopped goes on from its last checkpoint when the same command is given again,
-and ends as if it had never been stopped: each step's batch depends on the seed and the step alone.
+of the model. What is slow under JAX is replaced by an equal form, in section 1; test_train.py shows them equal. The
+recipe is that of section 4.2 of the paper with Muon for the matrices; README.md beside this file says where its numbers
+depart. A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it
+had never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
+changed on the way.
+
+Each step frees some gigabytes. Where page faults are slow, as in virtual machines, glibc should keep them:
+
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -23,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.flatten_util import ravel_pytree
+import optax
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -43,18 +50,61 @@ MODEL = dsv3.Config(
 )  # fmt: skip
 INIT_STD = 0.03
 SEQUENCES, LENGTH = 16, 256  # of one batch
-CYCLES = (
-    (2400, 2.5e-3),
-    (1000, 1.25e-3),
-    (1600, 1.25e-3),
-)  # steps and peak learning rate; the schedules below run in each
-FLOOR, WARMUP = 0.05, 100  # the share of the peak that is left at the end, steps of warm-up
-BETA1, BETA2, DECAY, CLIP = 0.9, 0.95, 0.1, 1.0  # AdamW, and the gradient norm that is clipped to
-GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of a cycle after which it is frozen
+MUON, ADAM = 7.5e-3, 2.5e-3  # peak learning rates: of the matrices, and of embedding, head, routers and norms
+NEWTON_SCHULZ = 5 * ((3.4445, -4.7750, 2.0315),)  # Muon's usual; given five times, optax loops, which compiles sooner
+WARMUP, DECAY_FROM, FLOOR = 100, 0.6, 0.02  # steps; share of the steps; share of the peak that is left at the end
+WEIGHT_DECAY, CLIP = 0.1, 1.0  # of the matrices; the gradient norm that is clipped to
+GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of the steps after which it is frozen
 ALPHA = 0.0001  # weight of the sequence-wise balance loss
-LAMBDA, LAMBDA_LATE, LATE_FROM = 0.3, 0.1, 0.67  # weight of the MTP loss, first and from this share of a cycle on
+LAMBDA, LAMBDA_LATE = 0.3, 0.1  # weight of the MTP loss, before and in the decay
 VALIDATION = 0.02  # the last stories, never trained on
 VALIDATE_EVERY, SAVE_EVERY = 250, 120  # steps; seconds
+CAPACITY = 1.5  # how many times its fair share of tokens an expert may get before the slower form is taken
+
+
+# ---- 1. Equal forms that are fast under JAX ------------------------------------------------------------------------
+
+
+def grouped_experts(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+    """= dsv3.moe_all, where each layer's experts lie in one array: each expert sees only its own tokens, in three
+    batched products over experts and capacity. If one has more tokens than that, the capacity is all of them."""
+    x_MD, index_X = x_BTD.reshape(-1, x_BTD.shape[-1]), index_BTK.ravel()  # X = M K choices
+    parts = [w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down")]
+    order_X = jnp.argsort(index_X, stable=True)  # the choices by expert
+    load_E = jnp.sum(dsv3.one_hot(index_X, cfg.n_routed_experts), axis=0)
+    first_E = jnp.cumsum(load_E) - load_E
+
+    def experts(capacity, x_MD, gate_X, gate_EID, up_EID, down_EDI):
+        slot_C = jnp.arange(capacity)
+        choice_EC = order_X[jnp.minimum(first_E[:, None] + slot_C, index_X.size - 1)]
+        gate_EC = jnp.where(slot_C < load_E[:, None], gate_X[choice_EC], 0)  # 0: the slot is empty
+        token_EC = choice_EC // cfg.num_experts_per_tok
+        x_ECD = x_MD[token_EC]
+        hidden_ECI = jax.nn.silu(x_ECD @ gate_EID.mT) * (x_ECD @ up_EID.mT) * gate_EC[..., None]
+        return jnp.zeros_like(x_MD).at[token_EC].add(hidden_ECI @ down_EDI.mT)
+
+    capacity = min(len(x_MD), math.ceil(CAPACITY * index_X.size / cfg.n_routed_experts))
+    few, all_ = partial(experts, capacity), jax.checkpoint(partial(experts, len(x_MD)))
+    y_MD = jax.lax.cond(jnp.max(load_E) <= capacity, few, all_, x_MD, gate_BTK.ravel(), *parts)
+    return y_MD.reshape(x_BTD.shape)
+
+
+def use_jax():
+    """Put jax.numpy and the equal forms into the page."""
+    dsv3.xp, dsv3.moe_all = jnp, grouped_experts
+    dsv3.softmax, dsv3.sigmoid = jax.nn.softmax, jax.nn.sigmoid
+    dsv3.top_k = lambda score, k: jax.lax.top_k(score, k)[1]
+    dsv3.cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+# ---- 2. Text -------------------------------------------------------------------------------------------------------
+
+
+def read_stories(path):
+    """The stories of a text, and those at its end that are held out."""
+    stories = [s.strip() for s in path.read_text(encoding="utf-8").split("<|endoftext|>") if s.strip()]
+    trained_on = len(stories) - round(VALIDATION * len(stories))
+    return stories[:trained_on], stories[trained_on:]
 
 
 def make_tokenizer(stories, path):
@@ -72,83 +122,125 @@ def make_tokenizer(stories, path):
     return tokenizer
 
 
+class Batches:
+    """The stories one after the other, in another order in each pass over them, cut into windows; a batch depends on
+    the seed and its number alone."""
+
+    def __init__(self, stories, seed):
+        self.stories, self.seed, self.current = stories, seed, None
+        self.per_pass = sum(map(len, stories)) // (SEQUENCES * LENGTH)
+
+    def __getitem__(self, i):
+        """(SEQUENCES, LENGTH + 1); the last token of a sequence is the first of the next."""
+        number, i = divmod(i, self.per_pass)
+        if number != self.current:
+            order = np.random.default_rng([self.seed, number]).permutation(len(self.stories))
+            self.stream = np.concatenate([*(self.stories[s] for s in order), self.stories[order[0]][:1]])
+            self.current = number
+        start_B = LENGTH * (SEQUENCES * i + np.arange(SEQUENCES))
+        return self.stream[start_B[:, None] + np.arange(LENGTH + 1)]
+
+
+# ---- 3. One step ---------------------------------------------------------------------------------------------------
+
+
+def joined(name):
+    """The name under which all experts of a layer lie in one array."""
+    return re.sub(r"experts\.\d+\.", "experts.", name)
+
+
 def initial_weights(seed):
     """Matrices normal with INIT_STD, norms 1; apart from them the routers' biases, 0, which no gradient moves."""
     rng, params, biases = np.random.default_rng(seed), {}, {}
     for name, shape in dsv3.tensor_shapes(MODEL).items():
         if name.endswith("e_score_correction_bias"):
-            biases[name] = np.zeros(shape, np.float32)
+            biases[name] = jnp.zeros(shape)
         elif name.endswith("norm.weight"):
-            params[name] = np.ones(shape, np.float32)
-        else:
-            params[name] = rng.normal(0, INIT_STD, shape).astype(np.float32)
+            params[name] = jnp.ones(shape)
+        elif joined(name) not in params:
+            experts = () if joined(name) == name else (MODEL.n_routed_experts,)
+            params[joined(name)] = jnp.asarray(rng.normal(0, INIT_STD, experts + shape), jnp.float32)
     return params, biases
 
 
-def make_step(unravel, decayed):
-    """One jitted step of training: (state, tokens, learning rate, lambda, gamma) -> (state, figures)."""
+def schedule(peak, steps):
+    """Linear warm-up, constant, then from the decay's first step a cosine to FLOOR."""
+    decay = decay_start(steps)
+    warmup = optax.linear_schedule(peak / WARMUP, peak, WARMUP - 1)
+    return optax.join_schedules([warmup, optax.cosine_decay_schedule(peak, steps - decay, FLOOR)], [decay])
 
-    def loss_of(theta, biases, token_BX, mtp_weight):
-        return dsv3.training_objective(unravel(theta) | biases, token_BX, MODEL, mtp_weight, ALPHA)
+
+def decay_start(steps):
+    return round(DECAY_FROM * steps)
+
+
+def make_optimiser(steps):
+    """Muon for the matrices, with updates of rms 0.2 times the rate as in Moonlight (arXiv:2502.16982), each expert's
+    for itself; Adam for embedding, head, routers and norms."""
+    matrix = optax.contrib.MuonDimensionNumbers(-1, -2)
+
+    def muon_or_adam(params):
+        by_adam = re.compile(r"norm\.weight|embed_tokens|lm_head|mlp\.gate\.")
+        return {name: None if by_adam.search(name) else matrix for name in params}
+
+    muon = optax.contrib.muon(
+        schedule(MUON, steps), ns_coeffs=NEWTON_SCHULZ, consistent_rms=0.2, weight_decay=WEIGHT_DECAY,
+        muon_weight_dimension_numbers=muon_or_adam, adam_learning_rate=schedule(ADAM, steps), adam_b2=0.95,
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(CLIP), muon)
+
+
+def make_step(optimiser):
+    """One jitted step of training: (state, tokens, lambda, gamma) -> (state, figures)."""
+
+    def loss_of(params, biases, token_BX, mtp_weight):
+        return dsv3.training_objective(params | biases, token_BX, MODEL, mtp_weight, ALPHA)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state, token_BX, rate, mtp_weight, gamma):
-        objective = jax.value_and_grad(loss_of, has_aux=True)
-        (_, parts), grad = objective(state["theta"], state["biases"], token_BX, mtp_weight)
-        norm = jnp.linalg.norm(grad)
-        grad = grad * jnp.minimum(1, CLIP / norm)
-        count = state["step"] + 1
-        m = BETA1 * state["m"] + (1 - BETA1) * grad
-        v = BETA2 * state["v"] + (1 - BETA2) * grad**2
-        update = m / (1 - BETA1**count) / (jnp.sqrt(v / (1 - BETA2**count)) + 1e-8)
-        theta = state["theta"] - rate * (update + DECAY * decayed * state["theta"])
+    def step(state, token_BX, mtp_weight, gamma):
+        params = state["params"]
+        grad, parts = jax.grad(loss_of, has_aux=True)(params, state["biases"], token_BX, mtp_weight)
+        update, moments = optimiser.update(grad, state["moments"], params)
         load = {f"{name}.e_score_correction_bias": load_E for name, load_E in parts["load"].items()}
         biases = {k: dsv3.update_bias(b, load[k], gamma) for k, b in state["biases"].items()}
-        figures = {"main": parts["main"], "mtp": parts["mtp"][0], "balance": parts["balance"], "norm": norm,
-                   "load": jnp.stack([load[k] for k in sorted(load)])}  # fmt: skip
-        return {"theta": theta, "m": m, "v": v, "biases": biases, "step": count}, figures
+        figures = {"main": parts["main"], "mtp": parts["mtp"][0], "balance": parts["balance"],
+                   "norm": optax.tree.norm(grad), "load": jnp.stack([load[k] for k in sorted(load)])}  # fmt: skip
+        params = optax.apply_updates(params, update)
+        return {"params": params, "moments": moments, "biases": biases, "step": state["step"] + 1}, figures
 
     return step
 
 
-def schedule(step):
-    """Learning rate (linear warm-up, then a cosine to FLOOR), lambda and gamma of a step."""
-    for steps, peak in CYCLES:  # noqa: B007
-        if step < steps:
-            break
-        step -= steps
-    progress = (step - WARMUP) / max(1, steps - WARMUP)
-    rate = (step + 1) / WARMUP if step < WARMUP else FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
-    late, frozen = step >= LATE_FROM * steps, step >= GAMMA_UNTIL * steps
-    return peak * rate, LAMBDA_LATE if late else LAMBDA, 0.0 if frozen else GAMMA
+# ---- 4. The run ----------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def story_loss(w, token_BX):
+    return dsv3.cross_entropy(dsv3.head(dsv3.forward(token_BX[:, :-1], w, MODEL), w, MODEL), token_BX[:, 1:])
 
 
 def validation_bits(w, tokenizer, stories, length=512):
     """Bits a byte of whole stories, each after its own BOS, the end token's included; what goes past `length` is left
     out of both counts."""
-
-    @jax.jit
-    def story_loss(w, token_BX):
-        return dsv3.cross_entropy(dsv3.head(dsv3.forward(token_BX[:, :-1], w, MODEL), w, MODEL), token_BX[:, 1:])
-
     nats = count = 0
     for first in range(0, len(stories), 8):
-        rows = [tokenizer.encode(s).ids + [1] for s in stories[first : first + 8]]
+        rows = [(tokenizer.encode(s).ids + [1])[: length + 1] for s in stories[first : first + 8]]
         token_BX = np.zeros((8, length + 1), np.int32)
         for b, ids in enumerate(rows):
-            token_BX[b, : len(ids)] = ids[: length + 1]
+            token_BX[b, : len(ids)] = ids
         loss_BT = np.asarray(story_loss(w, token_BX))
-        for b, ids in enumerate(rows):
-            kept = ids[: length + 1]
-            nats += float(loss_BT[b, : len(kept) - 1].sum())
-            count += len(tokenizer.decode(kept).encode())
+        nats += sum(float(loss_BT[b, : len(ids) - 1].sum()) for b, ids in enumerate(rows))
+        count += sum(len(tokenizer.decode(ids).encode()) for ids in rows)
     return nats / math.log(2) / count
 
 
 def write_checkpoint(out, params, biases):
     """The directory in the Hugging Face layout: matrices in BF16, the routers' biases in F32."""
-    tensors = {name: np.asarray(x).astype(ml_dtypes.bfloat16) for name, x in params.items()}
-    tensors |= {name: np.asarray(x) for name, x in biases.items()}
+    tensors = {name: np.asarray(x) for name, x in biases.items()}
+    for name in dsv3.tensor_shapes(MODEL).keys() - biases.keys():
+        expert = re.search(r"experts\.(\d+)\.", name)
+        x = params[joined(name)][int(expert[1])] if expert else params[name]
+        tensors[name] = np.asarray(x).astype(ml_dtypes.bfloat16)
     order = {name: tensors[name] for name in dsv3.tensor_shapes(MODEL)}
     save_file(order, out / "model.safetensors.part", metadata={"format": "pt"})
     os.replace(out / "model.safetensors.part", out / "model.safetensors")
@@ -168,68 +260,68 @@ def write_checkpoint(out, params, biases):
         (out / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_state(file, state):
+    """The state that was saved, or the given one, whose structure it has."""
+    if not file.exists():
+        return state
+    leaves, tree = jax.tree.flatten(state)
+    with np.load(file) as kept:
+        return tree.unflatten([jnp.asarray(kept[f"arr_{i}"]) for i in range(len(leaves))])
+
+
+def save_state(file, state, entries):
+    """The state whole or not at all, then the log of the steps since the last save."""
+    part = file.with_name("part.npz")
+    np.savez(part, *jax.tree.leaves(state))
+    os.replace(part, file)
+    with file.with_name("log.jsonl").open("a") as log:
+        log.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="stories, each followed by a line <|endoftext|>")
-    parser.add_argument("--out", type=Path, required=True, help="directory for the finished checkpoint")
-    parser.add_argument("--state", type=Path, help="directory for the state and the log (default: OUT/state)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory for the checkpoint; state and log in OUT/state"
+    )
+    parser.add_argument("--steps", type=int, default=5000, help="may be changed until the decay begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-bias-update", action="store_true", help="the control: gamma 0 throughout")
     args = parser.parse_args(argv)
-    state_dir = args.state or args.out / "state"
-    state_dir.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    dsv3.xp = jnp
+    saved = args.out / "state" / "state.npz"
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    use_jax()
 
-    stories = [s.strip() for s in args.text.read_text(encoding="utf-8").split("<|endoftext|>") if s.strip()]
-    held_out = stories[len(stories) - round(VALIDATION * len(stories)) :]
-    stories = stories[: len(stories) - len(held_out)]
+    stories, held_out = read_stories(args.text)
     tokenizer = make_tokenizer(stories, args.out / "tokenizer.json")
-    stream = np.array([t for e in tokenizer.encode_batch(stories) for t in (*e.ids, 1)], np.int32)
+    batches = Batches([np.array([*e.ids, 1], np.int32) for e in tokenizer.encode_batch(stories)], args.seed)
     params, biases = initial_weights(args.seed)
-    theta, unravel = ravel_pytree(params)
-    decayed, _ = ravel_pytree({name: np.full(x.shape, float(x.ndim > 1), np.float32) for name, x in params.items()})
-    state = {"theta": theta, "m": jnp.zeros_like(theta), "v": jnp.zeros_like(theta), "biases": biases, "step": 0}
-    print(f"{theta.size:,} parameters, {stream.size:,} tokens of training text, {len(held_out)} stories held out")
+    optimiser = make_optimiser(args.steps)
+    state = {"params": params, "biases": biases, "moments": optimiser.init(params), "step": jnp.zeros((), int)}
+    state = read_state(saved, state)
+    first, size = int(state["step"]), sum(x.size for x in params.values())
+    print(f"{size:,} parameters, a pass over the text is {batches.per_pass} steps, from step {first}")
 
-    saved = state_dir / "state.npz"
-    if saved.exists():
-        with np.load(saved) as kept:
-            state |= {k: kept[k] for k in ("theta", "m", "v")} | {"step": int(kept["step"])}
-            state["biases"] = {name: kept[name] for name in biases}
-        print(f"going on from step {state['step']}")
-
-    def save(entries):
-        """The state whole or not at all, then the log of the steps since the last save."""
-        part = state_dir / "part.npz"
-        np.savez(part, **{k: v for k, v in state.items() if k != "biases"}, **state["biases"])
-        os.replace(part, saved)
-        with (state_dir / "log.jsonl").open("a") as log:
-            log.writelines(json.dumps(entry) + "\n" for entry in entries)
-
-    step, entries, last_save = make_step(unravel, decayed), [], time.monotonic()
-    first, last = int(state["step"]), sum(steps for steps, _ in CYCLES)
-    bar = tqdm(range(first, last), initial=first, total=last, unit="step", mininterval=5)
+    step, entries, last_save = make_step(optimiser), [], time.monotonic()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
     for i in bar:
-        rate, mtp_weight, gamma = schedule(i)
-        gamma = 0.0 if args.no_bias_update else gamma
-        start = np.random.default_rng([args.seed, i]).integers(0, stream.size - LENGTH, SEQUENCES)
-        token_BX = stream[start[:, None] + np.arange(LENGTH + 1)]
+        mtp_weight = LAMBDA if i < decay_start(args.steps) else LAMBDA_LATE
+        gamma = 0.0 if args.no_bias_update or i >= GAMMA_UNTIL * args.steps else GAMMA
         began = time.monotonic()
-        state, figures = step(state, token_BX, rate, mtp_weight, gamma)
+        state, figures = step(state, batches[i], mtp_weight, gamma)
         figures = {k: np.asarray(v).tolist() for k, v in figures.items()}
         bar.set_postfix(loss=f"{figures['main']:.3f}", tok_s=f"{SEQUENCES * LENGTH / (time.monotonic() - began):.0f}")
         entry = {"step": i + 1} | figures
         if (i + 1) % VALIDATE_EVERY == 0:
-            w = unravel(state["theta"]) | state["biases"]
-            entry["validation_bits_per_byte"] = validation_bits(w, tokenizer, held_out[:64])
-            tqdm.write(f"step {i + 1}: {entry['validation_bits_per_byte']:.4f} bits a byte on 64 held-out stories")
+            bits = validation_bits(state["params"] | state["biases"], tokenizer, held_out[:64])
+            entry["validation_bits_per_byte"] = bits
+            tqdm.write(f"step {i + 1}: {bits:.4f} bits a byte on 64 held-out stories")
         entries.append(entry)
-        if time.monotonic() - last_save > SAVE_EVERY or i + 1 == last:
-            save(entries)
+        if time.monotonic() - last_save > SAVE_EVERY or i + 1 == args.steps:
+            save_state(saved, state, entries)
             entries, last_save = [], time.monotonic()
 
-    params = {name: x.astype(jnp.bfloat16).astype(jnp.float32) for name, x in unravel(state["theta"]).items()}
+    params = {name: x.astype(jnp.bfloat16).astype(jnp.float32) for name, x in state["params"].items()}
     bits = validation_bits(params | state["biases"], tokenizer, held_out)
     write_checkpoint(args.out, params, state["biases"])
     print(f"{bits:.4f} bits a byte on {len(held_out)} held-out stories, weights rounded to BF16")

@@ -1,0 +1,197 @@
+"""The trainer: the forms it puts into the page equal the page's, and a run may stop and go on.
+
+pip install jax optax tqdm ml_dtypes
+pytest weights/test_train.py
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+jax = pytest.importorskip("jax", reason="training needs jax")
+optax = pytest.importorskip("optax", reason="training needs optax")
+pytest.importorskip("tqdm", reason="training needs tqdm")
+
+sys.path.insert(0, str(Path(__file__).parent))
+import train  # noqa: E402
+from train import dsv3  # noqa: E402
+
+REPLACED = ["xp", "moe_all", "softmax", "sigmoid", "top_k", "cross_entropy"]
+PAGE = {name: getattr(dsv3, name) for name in REPLACED}
+TINY = replace(train.MODEL, vocab_size=300, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0,
+               moe_intermediate_size=8)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def page_restored(monkeypatch):
+    """The trainer writes into the page's module; this puts the page's own names back."""
+    for name in REPLACED:
+        monkeypatch.setattr(dsv3, name, PAGE[name])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """What several runs share is compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def equal_with_gradient(page, fast, *args):
+    """Both forms' value, and the gradient of its sum with some weights, by every argument."""
+    weights = normal(*np.shape(fast(*args)))
+
+    def value_and_gradient(form):
+        total = jax.value_and_grad(lambda *args: (form(*args) * weights).sum(), tuple(range(len(args))))
+        return form(*args), *jax.tree.leaves(total(*args))
+
+    for expected, actual in zip(value_and_gradient(page), value_and_gradient(fast), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_a_replaced_function_equals_the_page(name, float64):
+    train.use_jax()
+    x = 5 * normal(4, 6, 7)
+    equal_with_gradient(PAGE[name], getattr(dsv3, name), x)
+    if name == "softmax":
+        seen = np.tril(np.ones((6, 6), bool))
+        masked = [lambda x, f=f: f(jax.numpy.where(seen, x[..., :6], -np.inf)) for f in (PAGE[name], dsv3.softmax)]
+        equal_with_gradient(*masked, x)
+
+
+def test_the_sigmoid_has_a_gradient_at_0():
+    """The page's form, of two branches that meet there, has twice the gradient at exactly 0 under JAX."""
+    train.use_jax()
+    assert float(jax.grad(dsv3.sigmoid)(0.0)) == 0.25
+
+
+def test_cross_entropy_equals_the_page(float64):
+    train.use_jax()
+    target = np.random.default_rng(0).integers(0, 9, (4, 6))
+    forms = [lambda x, f=f: f(x, target) for f in (PAGE["cross_entropy"], dsv3.cross_entropy)]
+    equal_with_gradient(*forms, 5 * normal(4, 6, 9))
+
+
+def test_top_k_equals_the_page():
+    score = np.random.default_rng(0).integers(0, 4, (200, 8)).astype(float)  # many ties
+    score[::3, ::2] = -np.inf
+    expected = dsv3.top_k(score, 5)
+    train.use_jax()
+    np.testing.assert_array_equal(dsv3.top_k(score, 5), expected)
+
+
+@pytest.mark.parametrize(("busy", "over"), [(16, False), (3, True)], ids=["even", "beyond the capacity"])
+def test_grouped_experts_equal_the_definition(busy, over, float64):
+    """With even load, and where few experts get all tokens, more than their capacity, and the others none."""
+    train.use_jax()
+    B, T, D, I, E, K = 2, 12, 6, 5, 16, 3  # noqa: E741
+    cfg = replace(TINY, hidden_size=D, moe_intermediate_size=I, num_experts_per_tok=K)
+    index_BTK = np.stack([(np.arange(B * T) * K + k) % busy for k in range(K)], -1).reshape(B, T, K)
+    load_E = np.bincount(index_BTK.ravel(), minlength=E)
+    assert (load_E.max() > train.CAPACITY * B * T * K / E) == over
+    shapes = {"gate": (E, I, D), "up": (E, I, D), "down": (E, D, I)}
+    w = {f"mlp.experts.{part}_proj.weight": normal(*shape, seed=i) for i, (part, shape) in enumerate(shapes.items())}
+
+    def definition(x, gate, w):
+        one = {name.replace("experts.", f"experts.{e}."): w[name][e] for name in w for e in range(E)}
+        return PAGE["moe_all"](x, one, "mlp", index_BTK, gate, cfg)
+
+    def grouped(x, gate, w):
+        return dsv3.moe_all(x, w, "mlp", index_BTK, gate, cfg)
+
+    equal_with_gradient(definition, jax.jit(grouped), normal(B, T, D), normal(B, T, K, seed=9), w)
+
+
+def tiny(monkeypatch, tmp_path, **changed):
+    values = {"MODEL": TINY, "SEQUENCES": 2, "LENGTH": 16, "WARMUP": 2, "SAVE_EVERY": -1,
+              "VALIDATE_EVERY": 4} | changed  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(train, name, value)
+    text = tmp_path / "text"
+    text.write_text("".join(f"Once there was a cat. It had {i} mice.\n<|endoftext|>\n" for i in range(100)))
+    return ["--text", str(text), "--out"]
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "state" / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
+    """Stopped after its second save, begun for more steps than it then takes: it ends with the same bytes, since only
+    the decay depends on the number of steps."""
+    command = tiny(monkeypatch, tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*command, str(whole), "--steps", "6"])
+
+    save, saved = train.save_state, []
+
+    def stop_after_two(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_state", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*command, str(parts), "--steps", "9"])
+    train.main([*command, str(parts), "--steps", "6"])
+    assert "from step 2" in capsys.readouterr().out
+    assert [entry["step"] for entry in log_of(parts)] == list(range(1, 7))
+    assert log_of(parts) == log_of(whole) and "validation_bits_per_byte" in log_of(whole)[3]
+    files = sorted(path.name for path in whole.iterdir() if path.is_file())
+    assert len(files) == 5
+    for name in files:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert dsv3.read_config(whole) == TINY
+    tensors = load_file(whole / "model.safetensors")
+    assert {name: x.shape for name, x in tensors.items()} == dsv3.tensor_shapes(TINY)
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in tensors.values())
+
+
+def test_the_control_keeps_its_biases(tmp_path, monkeypatch):
+    """The bias update moves them, except in the control and once gamma is frozen."""
+    command = tiny(monkeypatch, tmp_path)
+    cases = {"run": ([], True), "frozen": ([], False), "control": (["--no-bias-update"], False)}
+    for name, (flags, moved) in cases.items():
+        monkeypatch.setattr(train, "GAMMA_UNTIL", 0 if name == "frozen" else 0.9)
+        train.main([*command, str(tmp_path / name), "--steps", "6", *flags])
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert any(x.any() for key, x in tensors.items() if key.endswith("correction_bias")) == moved
+
+
+def test_a_pass_reads_every_story_once(monkeypatch):
+    monkeypatch.setattr(train, "SEQUENCES", 2)
+    monkeypatch.setattr(train, "LENGTH", 4)
+    batches = train.Batches([np.array([0, s, s, 1]) for s in range(2, 12)], seed=0)
+    windows = np.concatenate([batches[i] for i in range(10)])  # two passes
+    for tokens in (windows[:10], windows[10:]):
+        assert sorted(tokens[:, :-1].ravel()) == sorted([0, 1] * 10 + [*range(2, 12)] * 2)
+        np.testing.assert_array_equal(tokens[:-1, -1], tokens[1:, 0])
+    assert (windows[:10] != windows[10:]).any()
+    np.testing.assert_array_equal(batches[3], windows[6:8])  # also after another pass
+
+
+def test_the_schedule():
+    rate = train.schedule(2.0, 1000)
+    decay = train.decay_start(1000)
+    assert float(rate(0)) == pytest.approx(2 / train.WARMUP)
+    assert all(float(rate(i)) == 2 for i in (train.WARMUP, decay // 2, decay))
+    assert float(rate((decay + 1000) // 2)) == pytest.approx(1 + train.FLOOR)
+    assert float(rate(1000)) == pytest.approx(2 * train.FLOOR)
