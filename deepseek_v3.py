@@ -16,9 +16,8 @@ two equal in float64. Part III (sections 9-11) is the program around them.
     experts      moe_all: the sum over all         moe_computed: the chosen ones alone  the other gates are 0
     generation   one token per pass                MTP drafts, the main model verifies  the rejection rule (section 10)
 
-Without a cache, `forward` is the definition throughout: no write in place, no shape that depends on data, so it also
-runs under jax.numpy, in `jit` and `grad` (`top_k` apart, as JAX spells a stable sort otherwise). That is how
-weights/train.py made the checkpoint beside this file.
+Without a cache, `forward` writes nothing in place and has no shape that depends on data: it also runs under jax.numpy,
+in `jit` and `grad` (except `top_k`: JAX spells a stable sort differently). So weights/train.py made the checkpoint.
 
 Equation numbers are those of the technical report (arXiv:2412.19437v2), tensor names those of the released checkpoint,
 configuration keys those of its config.json. "HF" is Hugging Face transformers 5.23.0, "official" the code in
@@ -104,8 +103,8 @@ def record(name, x):
 
 @contextlib.contextmanager
 def recording():
-    """Yields a dict that holds after this block what was recorded in it, {name: array}. Where the sequence went through
-    in pieces, they are joined along axis 1."""
+    """Yields a dict that, after the block, holds what was recorded in it, {name: array}. Pieces of a sequence are joined
+    along axis 1."""
     global recorded
     recorded = named = {}
     try:
@@ -501,8 +500,8 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
 
     w: a mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
     definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds before
-    position start_B[b] (0 by default), and enter it. Shorter rows are padded on the right with -1, which reads the last
-    embedding, is seen by no token before it, and cached as zeros, which the row's next tokens overwrite.
+    position start_B[b] (0 by default), and enter it. Shorter rows are padded on the right with -1. Padding reads the
+    last embedding; no token before it sees it; it is cached as zeros, which the row's next tokens overwrite.
     """
     embedding_WD = w["model.embed_tokens.weight"]
     pos = positions(token_BT, start_B, cfg, embedding_WD.dtype)
@@ -570,8 +569,8 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
     """The loss of pre-training, L_main + L_MTP + L_Bal, of sequences of X = T + 1 tokens, X >= 2 + the MTP modules.
 
     L_main is the mean cross-entropy of tokens 2..T+1. L_Bal is alpha times `balance_loss`, summed over all layers with
-    experts (that the MTP modules' are among them is this file's reading). The default weights are the paper's lambda,
-    for the first 10 trillion tokens, and alpha (section 4.2).
+    experts (that the MTP modules' are among them is this file's reading). The default weights are the paper's lambda
+    of the first 10 trillion tokens, and its alpha (section 4.2).
 
     Returns the loss and its parts, without lambda and alpha: {"main", "mtp": [L^1, L^2, ...], "balance", "load": {name
     of the gate: load_E}}; the loads are what `update_bias` needs. The biases only choose, so their gradient is 0.
@@ -589,7 +588,7 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
     scores = {name.removesuffix(".scores"): score for name, score in named.items() if name.endswith(".gate.scores")}
     balance = sum(balance_loss(score_BTE, cfg) for score_BTE in scores.values())
     load = {name: expert_load(named[f"{name}.indices"], cfg) for name in scores}
-    total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance  # eq. (25) among them
+    total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance  # the middle term is eq. (25)
     return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
 
 
@@ -655,14 +654,14 @@ def mla_computed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
 
 
 EXPANDED = 2**29  # at most so many elements of expanded keys and values
-SCORES, QUERIES = 2**18, 256  # so many scores at a time, which a core's cache keeps; but at least so many queries
+SCORES, QUERIES = 2**18, 256  # scores held at a time, as many as fit a core's cache; but never fewer queries than this
 
 
 def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     """= attention, a few heads and queries at a time, so that only few scores are held.
 
-    The T H / J queries that share a key head meet it in one product. Scores are overwritten by their exponentials, and
-    the sum over values, which is linear, is divided by theirs.
+    The T H / J queries that share a key head meet it in one product. Scores are overwritten by their exponentials; the
+    division by their sum comes last, after the product with the values, as that is linear.
     """
     (B, T, H, X), (S, J, Y) = q_BTHX.shape, v_BSJY.shape[1:]
     shared = H // J
@@ -686,7 +685,7 @@ def slices(n, step):
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-GATHERED = 2**28  # elements of the chosen experts' matrices of one kind that are copied side by side at most
+GATHERED = 2**28  # at most so many elements are gathered, of each of the three kinds of matrix
 
 
 def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
@@ -770,8 +769,8 @@ ONLY = {  # the implemented values of keys that would change the result, first w
     "quantization_config.weight_block_size": [[128, 128]],
 }  # fmt: skip
 V3 = {"scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"]}
-V2 = {"scoring_func": ["softmax"], "topk_method": ["greedy", "group_limited_greedy"],
-      "norm_topk_prob": [False]}  # with true, DeepSeek's code leaves out routed_scaling_factor, HF the norm; fmt: skip
+V2 = {"scoring_func": ["softmax"], "topk_method": ["greedy", "group_limited_greedy"], "num_nextn_predict_layers": [0],
+      "norm_topk_prob": [False]}  # implementations disagree on what true means; fmt: skip
 ABSENT = {  # what other absent keys mean; those of Config that are not here must be given
     "q_lora_rank": None, "attention_bias": False, "n_shared_experts": 0, "n_group": 1, "topk_group": 1,
     "rope_theta": 10000.0, "rope_interleave": True, "tie_word_embeddings": False, "num_nextn_predict_layers": 1,
@@ -923,8 +922,8 @@ THREADS = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_
 
 
 class Stored(Matrix):
-    """A tensor in a file. One that finds no room decoded is a matrix as it lies there: each product decodes it anew, in
-    bands of rows, each multiplied by the thread that decoded it."""
+    """A tensor in a file. Where there is no room to keep it decoded, it is a matrix as it lies there: each product
+    decodes it anew, in bands of rows, each multiplied by the thread that decoded it."""
 
     def __init__(self, path, kind, shape, offset):
         self.path, self.kind, self.shape, self.offset = path, kind, shape, offset
@@ -995,15 +994,16 @@ def read_shards(directory):
 def system_bytes(path, key):
     """A number that Linux tells; 0 elsewhere."""
     try:
-        return 1024 * int(re.search(rf"{key}:\s*(\d+) kB", Path(path).read_text())[1])
+        found = re.search(rf"{key}:\s*(\d+) kB", Path(path).read_text())
     except OSError:
         return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 class Checkpoint:
     """The weights in a directory: tensor name -> array of `xp` in `dtype`, or a Matrix; decoded when first used.
 
-    Only the tensors of `tensor_shapes` are members, each checked at once; those of absent MTP modules are not. memory:
+    Only the tensors of `tensor_shapes` are members, each checked at once; absent MTP modules have none. memory:
     bytes that decoded matrices may take, by default 70 % of what is free; first come, first kept. Raises InputError.
     """
 
@@ -1117,7 +1117,7 @@ def verify(p_W, q_W, draft, rng):
     """The rejection rule of speculative sampling (arXiv:2211.17192): whether a draft drawn from q is accepted, and the
     token, which is distributed as p exactly. Accept with probability min(1, p/q), else draw from max(p - q, 0)."""
     accept = min(1.0, p_W[draft] / q_W[draft])
-    if draw([1 - accept, accept], rng):
+    if draw([1 - accept, accept], rng):  # 1 with probability accept
         return True, draft
     rest_W = np.maximum(p_W - q_W, 0)
     return False, draw(rest_W if rest_W.any() else p_W, rng)  # nothing is left where p and q differ by rounding alone
@@ -1179,9 +1179,9 @@ class Row:
 def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, stats=None, chunk=CHUNK):
     """Continue each prompt; yields (row, token) as tokens are made. A row ends after max_tokens or a token in `stop`.
 
-    prompts: lists of token ids, of any lengths; row b draws from its own random stream (seed, b). stats: a Counter of
-    drafted, accepted, cache_bytes. speculate: draft with the first MTP module, if there is one, which changes the
-    speed, not the distribution, and no token of greedy output (unless two logits are equal but for rounding).
+    prompts: lists of token ids, of any lengths; row b draws from its own random stream (seed, b). stats: a Counter, to
+    fill with drafted, accepted, cache_bytes. speculate: draft with the first MTP module, if there is one. This changes
+    the speed, not the distribution, and no token of greedy output (unless two logits are equal but for rounding).
 
     With t_n the last token, the main model sees [t_n, draft of t_n+1] in one pass. If `verify` accepts the draft, both
     it and the token after it are known; if not, the token in its place, and the draft's cache entry is overwritten. Now
@@ -1190,7 +1190,7 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
     sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     check_prompts(prompts, cfg, max_tokens)
     speculate = speculate and mtp_depth(w, cfg)
-    cache = Cache(len(prompts), max(map(len, prompts)) + max_tokens + 1)  # the last token's draft
+    cache = Cache(len(prompts), max(map(len, prompts)) + max_tokens + 1)  # 1: padding of a done row
     rows = [Row(list(ids), max_tokens, np.random.default_rng([sampling.seed, b])) for b, ids in enumerate(prompts)]
     while True:
         given = w, cfg, cache, np.array([row.start for row in rows]), chunk
@@ -1283,7 +1283,7 @@ def choose_device(wanted):
         float((one @ one).sum())  # CUDA's libraries are loaded late: NVRTC by a kernel, cuBLAS by a product
         return cupy
     except Exception as e:  # of any kind: a kernel that does not compile raises a bare Exception
-        require(wanted != "gpu", f"--device gpu needs cupy-cuda13x[ctk] or cupy-cuda12x, by the driver: {e}")
+        require(wanted != "gpu", f"--device gpu needs cupy-cuda13x[ctk] or cupy-cuda12x, the one for the driver: {e}")
         if getattr(e, "name", None) != "cupy":  # CuPy is there
             say(f"note: on the CPU, since CuPy does not work: {e}")
         return np
@@ -1332,7 +1332,7 @@ class Text:
         """Token ids of a conversation. The template is a stranger's program: it runs in Jinja's sandbox, and it alone
         may write special tokens."""
         for token in self.tokenizer.get_added_tokens_decoder().values():
-            spelled = any(token.content in message["content"] for message in messages)
+            spelled = any(token.content in each["content"] for each in messages if each["role"] == "user")
             require(not spelled, f"a message spells out {token.content!r}, a token that only the template may write")
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -1346,7 +1346,7 @@ class Text:
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("deepseek_v3.py", description="DeepSeek-V3 on NumPy and CuPy.")
-    parser.error = lambda message: require(False, f"{message}; --help lists the flags")  # in one line, as everything
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags")  # in one line, like every error
     flag, weights = parser.add_argument, Path(__file__).resolve().parent / "weights"
     flag("-p", "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; - is stdin; repeatable")
     flag("--tokens", action="append", default=[], type=token_ids, metavar="IDS", help='token ids instead: "3 14 15"')
