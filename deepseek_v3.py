@@ -103,7 +103,7 @@ def record(name, x):
 
 @contextlib.contextmanager
 def recording():
-    """Yields a dict that, after the block, holds what was recorded in it, {name: array}; the pieces of a sequence joined
+    """Yields a dict that, after the block, holds what was recorded in it, {name: array}; pieces of a sequence joined
     along axis 1."""
     global recorded
     recorded = named = {}
