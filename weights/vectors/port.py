@@ -96,7 +96,7 @@ def update_bias(directory, dtype, gamma):
 
 def dequantize(directory, dtype):
     stored = dsv3.read_safetensors(directory / "model.safetensors")
-    return {"weight": dsv3.dequantize(stored["weight"].view(), stored["weight_scale_inv"].view())}
+    return {"weight": dsv3.dequantize(stored["weight"].array, stored["weight_scale_inv"].array)}
 
 
 DO = {function.__name__: function for function in (trace, generate, losses, phases, update_bias, dequantize)}

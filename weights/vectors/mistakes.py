@@ -1,0 +1,662 @@
+"""Mistakes that ports make: each is the page with some of its functions replaced. They name what compare.py finds, and
+show that the cases find them.
+
+    python weights/vectors/mistakes.py     # the table: the mistake, where it shows first, the cases that show it
+
+A mistake is planted by a function that returns {name in deepseek_v3.py: what to put there}.
+"""
+
+import contextlib
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+import compare  # noqa: E402
+import deepseek_v3 as dsv3  # noqa: E402
+import port  # noqa: E402
+
+
+class Mistake(NamedTuple):
+    plant: object  # () -> {name: replacement}
+    cases: list  # that must fail; the first one shows it at `where`
+    where: str  # the part of the layer, or the array
+    unseen: str = ""  # a precision in which no case can show it
+
+
+MISTAKES = {}
+
+
+def mistake(what, where, cases, unseen=""):
+    """A decorator: the function's replacements are the mistake `what`."""
+
+    def add(plant):
+        MISTAKES[what] = Mistake(plant, cases.split(), where, unseen)
+        return plant
+
+    return add
+
+
+@contextlib.contextmanager
+def planted(what):
+    """deepseek_v3.py makes the mistake within this block."""
+    new = MISTAKES[what].plant()
+    old = {name: getattr(dsv3, name) for name in new}
+    try:
+        vars(dsv3).update(new)
+        yield
+    finally:
+        vars(dsv3).update(old)
+
+
+def config(change):
+    """Another configuration is read; change(cfg) -> the fields that change."""
+    read = dsv3.read_config
+
+    def wrong(path):
+        cfg = read(path)
+        return replace(cfg, **change(cfg))
+
+    return {"read_config": wrong}
+
+
+def yarn(change):
+    """The same of YaRN's numbers; change(yarn) -> the fields that change."""
+    return config(lambda cfg: {"rope_scaling": cfg.rope_scaling and replace(cfg.rope_scaling, **change(cfg.rope_scaling))})
+
+
+def tensors(part, change):
+    """Other weights are read: change(x, cfg), for all tensors whose names end with part."""
+
+    class Wrong(dsv3.Checkpoint):
+        def __getitem__(self, name):
+            x = super().__getitem__(name)
+            if not name.endswith(part):
+                return x
+            return change(x.whole() if isinstance(x, dsv3.Matrix) else x, self.cfg)
+
+    return {"Checkpoint": Wrong}
+
+
+def recorded_instead(name, x):
+    """What was recorded last under this name was right: this is the mistake's."""
+    if dsv3.recorded is not None:
+        dsv3.recorded[name][-1] = x
+
+
+def simple(where, cases, table, unseen=""):
+    """Mistakes that share a place and need one line each: {what: plant}"""
+    for what, plant in table.items():
+        mistake(what, where, cases, unseen)(plant)
+
+
+# ---- Embedding, norms, MLPs, residuals -----------------------------------------------------------------------------
+
+
+def norm(wrong):
+    """wrong(x, weight, eps), x in float32 or better."""
+    return {"rms_norm": lambda x, weight, eps: wrong(dsv3.wide(x), weight, eps).astype(x.dtype)}
+
+
+def mean_square(x):
+    return np.mean(x * x, axis=-1, keepdims=True)
+
+
+simple("input_layernorm", "eps", {
+    "eps is left out of the norms": lambda: norm(lambda x, weight, eps: x / np.sqrt(mean_square(x)) * weight),
+    "eps stands outside the root": lambda: norm(lambda x, weight, eps: x / (np.sqrt(mean_square(x)) + eps) * weight),
+    "eps is 1e-6 whatever rms_norm_eps says": lambda: config(lambda cfg: {"rms_norm_eps": 1e-6}),
+    "eps bounds the mean square from below":
+        lambda: norm(lambda x, weight, eps: x / np.sqrt(np.maximum(mean_square(x), eps)) * weight),
+})  # fmt: skip
+RIGHT_NORM = dsv3.rms_norm
+simple("input_layernorm", "v3_yarn one_token", {
+    "the norms' weights are 1 + what is stored": lambda: norm(lambda x, weight, eps: RIGHT_NORM(x, 1 + weight, eps)),
+    "the norms subtract the mean": lambda: norm(
+        lambda x, weight, eps: RIGHT_NORM(x - x.mean(axis=-1, keepdims=True), weight, eps)),
+    "the norms divide by the root of the sum": lambda: norm(
+        lambda x, weight, eps: RIGHT_NORM(x, weight, eps) / math.sqrt(x.shape[-1])),
+    "the norms' weights are not applied": lambda: norm(lambda x, weight, eps: RIGHT_NORM(x, np.ones_like(weight), eps)),
+})  # fmt: skip
+
+
+@mistake("the norms round once, after the weight", "input_layernorm", "half")
+def _():
+    return {"rms_norm": lambda x, weight, eps: RIGHT_NORM(dsv3.wide(x), dsv3.wide(weight), eps).astype(x.dtype)}
+
+
+@mistake("input_layernorm and post_attention_layernorm are swapped", "input_layernorm", "v3_yarn")
+def _():
+    names = "input_layernorm", "post_attention_layernorm"
+
+    class Wrong(dsv3.Checkpoint):
+        def __getitem__(self, name):
+            for a, b in (names, names[::-1]):
+                if a in name:
+                    return super().__getitem__(name.replace(a, b))
+            return super().__getitem__(name)
+
+    return {"Checkpoint": Wrong}
+
+
+@mistake("embeddings are multiplied by the root of hidden_size", "model.embed_tokens", "v3_yarn")
+def _():
+    return tensors("embed_tokens.weight", lambda x, cfg: x * math.sqrt(cfg.hidden_size))
+
+
+def activation(wrong):
+    """wrong(gate, up) in the MLPs."""
+
+    def swiglu(x, w, name):
+        gate, up = (dsv3.linear(x, w, f"{name}.{part}_proj") for part in ("gate", "up"))
+        return dsv3.linear(wrong(gate, up), w, f"{name}.down_proj")
+
+    return {"swiglu": swiglu}
+
+
+simple("mlp", "all_dense v3_yarn", {
+    "gate_proj and up_proj are swapped": lambda: activation(lambda gate, up: up * dsv3.sigmoid(up) * gate),
+    "gelu in place of silu": lambda: activation(
+        lambda gate, up: 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up),
+    "a sigmoid in place of silu": lambda: activation(lambda gate, up: dsv3.sigmoid(gate) * up),
+    "silu of gate times up": lambda: activation(lambda gate, up: dsv3.sigmoid(gate * up) * gate * up),
+})  # fmt: skip
+
+
+def block(before_mlp=lambda x, a, normed: x + a, after_mlp=lambda x, y: x + y):
+    """The page's block, with other residuals: of x and the attention's result, then of that and the MLP's."""
+
+    def wrong(x_BTD, w, layer, cfg, pos, cache):
+        name, eps = f"model.layers.{layer}", cfg.rms_norm_eps
+        normed_BTD = dsv3.rms_norm(x_BTD, w[f"{name}.input_layernorm.weight"], eps)
+        dsv3.record(f"{name}.input_layernorm", normed_BTD)
+        x_BTD = before_mlp(x_BTD, dsv3.mla(normed_BTD, w, layer, cfg, pos, cache), normed_BTD)
+        normed_BTD = dsv3.rms_norm(x_BTD, w[f"{name}.post_attention_layernorm.weight"], eps)
+        dsv3.record(f"{name}.post_attention_layernorm", normed_BTD)
+        dense = dsv3.swiglu(normed_BTD, w, f"{name}.mlp") if cfg.is_dense(layer) else None
+        y_BTD = dsv3.moe(normed_BTD, w, f"{name}.mlp", cfg, cache) if dense is None else dense
+        dsv3.record(f"{name}.mlp", y_BTD)
+        x_BTD = after_mlp(x_BTD, y_BTD)
+        dsv3.record(name, x_BTD)
+        return x_BTD
+
+    return {"block": wrong}
+
+
+simple("post_attention_layernorm", "v3_yarn", {
+    "no residual around the attention": lambda: block(before_mlp=lambda x, a, normed: a),
+    "the attention's residual is the normed x": lambda: block(before_mlp=lambda x, a, normed: normed + a),
+})  # fmt: skip
+simple("model.layers.0", "v3_yarn", {
+    "no residual around the MLP": lambda: block(after_mlp=lambda x, y: y),
+})  # fmt: skip
+simple("model.norm", "v3_yarn one_token", {
+    "model.norm is left out": lambda: final_norm(lambda h, w, cfg, last: last),
+    "model.norm is applied twice": lambda: final_norm(
+        lambda h, w, cfg, last: dsv3.rms_norm(h, w["model.norm.weight"], cfg.rms_norm_eps)),
+})  # fmt: skip
+
+
+def watched_block(last):
+    """The page's block; the last layer's result stays in `last`."""
+    right = dsv3.block
+
+    def block(*args):
+        last[:] = [right(*args)]
+        return last[0]
+
+    return block
+
+
+def final_norm(wrong):
+    """wrong(h, w, cfg, the state before model.norm)"""
+    right, last = dsv3.forward, []
+
+    def forward(token_BT, w, cfg, *args):
+        h_BTD = wrong(right(token_BT, w, cfg, *args), w, cfg, last[0])
+        recorded_instead("model.norm", h_BTD)
+        return h_BTD
+
+    return {"forward": forward, "block": watched_block(last)}
+
+
+@mistake("the head is the embedding though they are not tied", "lm_head", "v3_yarn")
+def _():
+    return {"head": lambda h_BTD, w, cfg: h_BTD @ w["model.embed_tokens.weight"].T}
+
+
+# ---- Rotation and YaRN ---------------------------------------------------------------------------------------------
+
+
+def turned(wrong):
+    """wrong(angle_BTP, cfg) -> angles."""
+    right = dsv3.positions
+
+    def positions(token_BT, start_B, cfg, dtype):
+        pos = right(token_BT, start_B, cfg, dtype)
+        pos_BT = pos.start_B[:, None] + np.arange(token_BT.shape[1])
+        angle, m = wrong(pos_BT, cfg), dsv3.rope_magnitude(cfg)
+        return pos._replace(cos_BTP=(m * np.cos(angle)).astype(dtype), sin_BTP=(m * np.sin(angle)).astype(dtype))
+
+    return {"positions": positions}
+
+
+def frequencies(wrong):
+    return {"rope_frequencies": wrong}
+
+
+def ramp(low_high):
+    """YaRN's frequencies with another range of pairs; low_high(low, high, cfg), these not rounded yet."""
+
+    def wrong(cfg):
+        R, it = cfg.qk_rope_head_dim, cfg.rope_scaling
+        freq_P = cfg.rope_theta ** -(np.arange(0, R, 2) / R)
+        if it is None:
+            return freq_P
+        turns = np.array([it.beta_fast, it.beta_slow])
+        ends = R * np.log(it.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(cfg.rope_theta))
+        low, high = low_high(*ends, cfg)
+        ramp_P = np.clip((np.arange(freq_P.size) - low) / ((high - low) or 0.001), 0, 1)
+        return freq_P * (1 - ramp_P) + freq_P / it.factor * ramp_P
+
+    return frequencies(wrong)
+
+
+def rounded(low, high, cfg, top):
+    if cfg.rope_scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, top)
+
+
+def rotation(wrong):
+    """wrong(x, cos, sin, interleave) for rope."""
+    return {"rope": wrong}
+
+
+RIGHT_ROPE = dsv3.rope
+simple("self_attn.q_rope", "v3_yarn attention_bias", {
+    "RoPE pairs other elements (halves for neighbours, or the reverse)":
+        lambda: config(lambda cfg: {"rope_interleave": not cfg.rope_interleave}),
+    "RoPE turns the other way":
+        lambda: rotation(lambda x, cos, sin, interleave: RIGHT_ROPE(x, cos, -sin, interleave)),
+    "nothing is rotated": lambda: rotation(lambda x, cos, sin, interleave: x),
+    "positions count from 1": lambda: turned(lambda pos, cfg: (pos + 1)[..., None] * dsv3.rope_frequencies(cfg)),
+    "frequencies are theta^(-j/R)": lambda: frequencies(
+        lambda cfg: cfg.rope_theta ** -(np.arange(cfg.qk_rope_head_dim // 2) / cfg.qk_rope_head_dim)),
+    "frequencies are kept in bfloat16": lambda: bf16_frequencies(),
+})  # fmt: skip
+
+
+def bf16_frequencies():
+    right = dsv3.rope_frequencies
+
+    def wrong(cfg):
+        bits = right(cfg).astype(np.float32).view(np.uint32)
+        return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32).astype(np.float64)
+
+    return frequencies(wrong)
+
+
+def one_rotation(part, wrong):
+    """wrong(x, cos, sin, interleave) for the query alone (4 axes) or the key alone (3)."""
+    axes = {"query": 4, "key": 3}[part]
+
+    def rope(x, cos, sin, interleave=True):
+        return (wrong if x.ndim == axes else RIGHT_ROPE)(x, cos, sin, interleave)
+
+    return {"rope": rope}
+
+
+def backwards(x, cos, sin, interleave):
+    return RIGHT_ROPE(x, cos, -sin, interleave)
+
+
+def as_it_is(x, cos, sin, interleave):
+    return x
+
+
+simple("self_attn.q_rope", "v3_yarn", {
+    "queries are rotated the other way": lambda: one_rotation("query", backwards),
+    "queries are not rotated": lambda: one_rotation("query", as_it_is),
+})  # fmt: skip
+simple("self_attn.k_rope", "v3_yarn", {
+    "keys are rotated the other way": lambda: one_rotation("key", backwards),
+    "keys are not rotated": lambda: one_rotation("key", as_it_is),
+})  # fmt: skip
+
+
+@mistake("YaRN is off for the queries alone", "self_attn.q_rope", "v3_yarn")
+def _():
+    right, right_query = dsv3.positions, dsv3.mla_query
+
+    def query(x_BTD, w, name, cfg, pos):
+        T = x_BTD.shape[1]
+        plain = right(np.zeros((len(pos.start_B), T), int), pos.start_B, replace(cfg, rope_scaling=None), x_BTD.dtype)
+        return right_query(x_BTD, w, name, cfg, plain)
+
+    return {"mla_query": query}
+
+
+simple("self_attn.q_rope", "v3_yarn", {
+    "YaRN is off": lambda: frequencies(lambda cfg: cfg.rope_theta ** -(np.arange(0, cfg.qk_rope_head_dim, 2)
+                                                                        / cfg.qk_rope_head_dim)),
+    "all frequencies are divided by YaRN's factor": lambda: frequencies(
+        lambda cfg: cfg.rope_theta ** -(np.arange(0, cfg.qk_rope_head_dim, 2) / cfg.qk_rope_head_dim)
+        / (cfg.rope_scaling.factor if cfg.rope_scaling else 1)),
+    "YaRN's range is rounded where it should not be, or the reverse": lambda: yarn(
+        lambda it: {"truncate": not it.truncate}),
+    "beta_fast and beta_slow are swapped": lambda: yarn(
+        lambda it: {"beta_fast": it.beta_slow, "beta_slow": it.beta_fast}),
+    "YaRN slows the fast pairs and keeps the slow ones": lambda: reversed_ramp(),
+    "YaRN's original context is taken for max_position_embeddings": lambda: config(
+        lambda cfg: {"rope_scaling": cfg.rope_scaling and replace(
+            cfg.rope_scaling, original_max_position_embeddings=cfg.max_position_embeddings)}),
+    "cos and sin carry m(mscale), as the softmax scale does": lambda: {"rope_magnitude": lambda cfg: dsv3.yarn_mscale(
+        cfg.rope_scaling.factor, cfg.rope_scaling.mscale or 1) if cfg.rope_scaling else 1.0},
+})  # fmt: skip
+
+
+def reversed_ramp():
+    right = dsv3.rope_frequencies
+
+    def wrong(cfg):
+        if cfg.rope_scaling is None:
+            return right(cfg)
+        plain = right(replace(cfg, rope_scaling=None))
+        return plain + plain / cfg.rope_scaling.factor - right(cfg)
+
+    return frequencies(wrong)
+
+
+simple("self_attn.q_rope", "yarn_range", {
+    "YaRN's range is held at the last pair": lambda: ramp(
+        lambda low, high, cfg: rounded(low, high, cfg, cfg.qk_rope_head_dim // 2 - 1)),
+})  # fmt: skip
+simple("self_attn.q_rope", "yarn_crossing", {
+    "YaRN begins only beyond the original context": lambda: dynamic_yarn(),
+})  # fmt: skip
+
+
+def dynamic_yarn():
+    def wrong(pos_BT, cfg):
+        plain, slow = dsv3.rope_frequencies(replace(cfg, rope_scaling=None)), dsv3.rope_frequencies(cfg)
+        far = cfg.rope_scaling is not None and pos_BT >= cfg.rope_scaling.original_max_position_embeddings
+        return pos_BT[..., None] * np.where(np.broadcast_to(far, pos_BT.shape)[..., None], slow, plain)
+
+    return turned(wrong)
+
+
+simple("self_attn.q_rope", "hf5_spelling mscale_all_dim_0", {
+    "cos and sin lack YaRN's factor": lambda: {"rope_magnitude": lambda cfg: 1.0},
+})  # fmt: skip
+simple("self_attn.q_rope", "hf5_spelling moonlight", {
+    "rope_theta is 10,000 whatever the configuration says": lambda: config(lambda cfg: {"rope_theta": 10000.0}),
+})  # fmt: skip
+simple("cos", "phases phases_magnitude", {
+    "angles are computed in float32": lambda: turned(
+        lambda pos, cfg: (pos.astype(np.float32)[..., None] * dsv3.rope_frequencies(cfg).astype(np.float32))),
+})  # fmt: skip
+
+
+# ---- Attention -----------------------------------------------------------------------------------------------------
+
+
+def scale(wrong):
+    return {"softmax_scale": wrong}
+
+
+def mscale_squared(cfg):
+    it = cfg.rope_scaling
+    return dsv3.yarn_mscale(it.factor, it.mscale_all_dim) ** 2 if it and it.mscale_all_dim else 1
+
+
+def head_dim(cfg):
+    return cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+
+
+simple("self_attn", "v3_yarn mscale_707", {
+    "the softmax scale lacks mscale^2": lambda: scale(lambda cfg: head_dim(cfg) ** -0.5),
+    "the softmax scale has mscale, not its square": lambda: scale(
+        lambda cfg: head_dim(cfg) ** -0.5 * mscale_squared(cfg) ** 0.5),
+    "the softmax scale has mscale^2 twice": lambda: scale(lambda cfg: head_dim(cfg) ** -0.5 * mscale_squared(cfg) ** 2),
+    "the softmax scale is 1 / sqrt(qk_nope_head_dim)": lambda: scale(
+        lambda cfg: cfg.qk_nope_head_dim**-0.5 * mscale_squared(cfg)),
+    "the softmax scale is 1 / sqrt(v_head_dim)": lambda: scale(lambda cfg: cfg.v_head_dim**-0.5 * mscale_squared(cfg)),
+    "the softmax scale is that of the absorbed keys": lambda: scale(
+        lambda cfg: (cfg.kv_lora_rank + cfg.qk_rope_head_dim) ** -0.5 * mscale_squared(cfg)),
+    "the softmax scale is left out": lambda: scale(lambda cfg: 1.0),
+})  # fmt: skip
+simple("self_attn", "hf5_spelling mscale_all_dim_0", {
+    "the softmax scale takes mscale for mscale_all_dim": lambda: scale(lambda cfg: head_dim(cfg) ** -0.5 * (
+        dsv3.yarn_mscale(cfg.rope_scaling.factor, cfg.rope_scaling.mscale) ** 2
+        if cfg.rope_scaling and cfg.rope_scaling.mscale else 1)),
+})  # fmt: skip
+
+
+def first_rows_last(x, heads, n):
+    """In each head the first n rows go behind the others."""
+    return np.roll(x.reshape(heads, len(x) // heads, -1), -n, axis=1).reshape(x.shape)
+
+
+def all_heads_at_once(x, heads, n):
+    """What a split finds that takes n rows for each of all heads first, then the rest of all heads."""
+    first, rest = x[: heads * n].reshape(heads, n, -1), x[heads * n :].reshape(heads, len(x) // heads - n, -1)
+    return np.concatenate([first, rest], axis=1).reshape(x.shape)
+
+
+def heads_last(x, heads):
+    """The heads' rows as if each element stood for all heads side by side."""
+    return x.reshape(-1, heads, x.shape[-1]).swapaxes(0, 1).reshape(x.shape)
+
+
+Q_UP = ("q_b_proj.weight", "q_proj.weight")
+simple("self_attn.q_rope", "v3_yarn", {
+    "the heads of q are read as [rope ; nope]": lambda: tensors(
+        Q_UP, lambda x, cfg: first_rows_last(x, cfg.num_attention_heads, cfg.qk_rope_head_dim)),
+    "q is split over all heads at once": lambda: tensors(
+        Q_UP, lambda x, cfg: all_heads_at_once(x, cfg.num_attention_heads, cfg.qk_nope_head_dim)),
+    "q's rows are read with the heads last": lambda: tensors(
+        Q_UP, lambda x, cfg: heads_last(x, cfg.num_attention_heads)),
+})  # fmt: skip
+simple("self_attn.kv_latent", "v3_yarn", {
+    "kv_a_proj_with_mqa is read as [k_R ; c_KV]": lambda: tensors(
+        "kv_a_proj_with_mqa.weight", lambda x, cfg: np.roll(x, -cfg.qk_rope_head_dim, axis=0)),
+    "the norm on c_KV reaches over k_R": lambda: latent(lambda c, k, weight, cfg: (
+        c / np.sqrt(mean_square(np.concatenate([c, k], axis=-1)) + dsv3.LATENT_EPS) * weight, k)),
+    "c_KV is not normed": lambda: latent(lambda c, k, weight, cfg: (c, k)),
+    "c_KV is normed without its weight": lambda: latent(
+        lambda c, k, weight, cfg: (dsv3.rms_norm(c, np.ones_like(weight), dsv3.LATENT_EPS), k)),
+})  # fmt: skip
+simple("self_attn.k_rope", "v3_yarn", {
+    "k_R is normed": lambda: latent(lambda c, k, weight, cfg: (
+        dsv3.rms_norm(c, weight, dsv3.LATENT_EPS), dsv3.rms_norm(k, np.ones_like(k[0, 0]), dsv3.LATENT_EPS))),
+})  # fmt: skip
+simple("self_attn", "v3_yarn", {
+    "the heads of kv_b_proj are read as [v ; k]": lambda: tensors(
+        "kv_b_proj.weight", lambda x, cfg: first_rows_last(x, cfg.num_attention_heads, cfg.v_head_dim)),
+    "kv_b_proj is split over all heads at once": lambda: tensors(
+        "kv_b_proj.weight", lambda x, cfg: all_heads_at_once(x, cfg.num_attention_heads, cfg.qk_nope_head_dim)),
+    "kv_b_proj's rows are read with the heads last": lambda: tensors(
+        "kv_b_proj.weight", lambda x, cfg: heads_last(x, cfg.num_attention_heads)),
+    "o_proj takes the heads' elements in another order": lambda: tensors(
+        "o_proj.weight", lambda x, cfg: heads_last(x.T, cfg.num_attention_heads).T),
+    "k_R is the first head's alone": lambda: expanded(
+        lambda k, v, cfg: (k * (np.arange(k.shape[2])[:, None] * (np.arange(k.shape[3]) >= cfg.qk_nope_head_dim) == 0), v)),
+    "keys are joined as [rope ; nope], queries as [nope ; rope]": lambda: expanded(
+        lambda k, v, cfg: (np.roll(k, cfg.qk_rope_head_dim, axis=-1), v)),
+    "k_R is left out of the keys": lambda: expanded(
+        lambda k, v, cfg: (k * (np.arange(k.shape[3]) < cfg.qk_nope_head_dim), v)),
+})  # fmt: skip
+
+
+def latent(wrong):
+    """wrong(c, k_R before its rotation, the norm's weight, cfg) -> both, c as it enters the cache."""
+
+    def mla_latent(x_BTD, w, name, cfg, pos):
+        kv_BTL, C = dsv3.linear(x_BTD, w, f"{name}.kv_a_proj_with_mqa"), cfg.kv_lora_rank
+        c_BTC, k_BTR = wrong(kv_BTL[..., :C], kv_BTL[..., C:], w[f"{name}.kv_a_layernorm.weight"], cfg)
+        k_BTR = dsv3.rope(k_BTR, pos.cos_BTP, pos.sin_BTP, cfg.rope_interleave)
+        dsv3.record(f"{name}.kv_latent", c_BTC)
+        dsv3.record(f"{name}.k_rope", k_BTR)
+        return np.concatenate([c_BTC, k_BTR], axis=-1).astype(x_BTD.dtype)
+
+    return {"mla_latent": mla_latent}
+
+
+def query(wrong):
+    """wrong(c, the norm's weight, cfg) -> what q_b_proj reads."""
+
+    def mla_query(x_BTD, w, name, cfg, pos):
+        if cfg.q_lora_rank is None:
+            q_BTX = dsv3.linear(x_BTD, w, f"{name}.q_proj")
+        else:
+            c_BTQ = dsv3.linear(x_BTD, w, f"{name}.q_a_proj")
+            q_BTX = dsv3.linear(wrong(c_BTQ, w[f"{name}.q_a_layernorm.weight"], cfg), w, f"{name}.q_b_proj")
+        q_BTHX = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)
+        nope, rope = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]
+        rope = dsv3.rope(rope, pos.cos_BTP[:, :, None], pos.sin_BTP[:, :, None], cfg.rope_interleave)
+        dsv3.record(f"{name}.q_rope", rope)
+        return nope, rope
+
+    return {"mla_query": mla_query}
+
+
+def with_eps(c, weight, cfg):
+    return dsv3.rms_norm(c, weight, cfg.rms_norm_eps)
+
+
+simple("self_attn.q_rope", "v3_yarn", {
+    "the queries' latent is not normed": lambda: query(lambda c, weight, cfg: c),
+})  # fmt: skip
+simple("self_attn.q_rope", "latent_eps", {
+    "the norm on the queries' latent takes rms_norm_eps": lambda: query(with_eps),
+})  # fmt: skip
+simple("self_attn.kv_latent", "latent_eps moonlight", {
+    "the norm on c_KV takes rms_norm_eps": lambda: latent(lambda c, k, weight, cfg: (with_eps(c, weight, cfg), k)),
+    "the norms on both latents take rms_norm_eps": lambda: query(with_eps) | latent(
+        lambda c, k, weight, cfg: (with_eps(c, weight, cfg), k)),
+})  # fmt: skip
+simple("self_attn.kv_latent", "attention_bias", {
+    "the projections' biases are not added": lambda: tensors("proj.bias", lambda x, cfg: x * 0)
+    | tensors(("q_a_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"), lambda x, cfg: x * 0),
+})  # fmt: skip
+
+
+def expanded(wrong):
+    """wrong(k_BSHX, v_BSHV, cfg), of the keys and values of all heads."""
+    right = dsv3.mla_expand
+
+    def mla_expand(kv_BSL, w, name, cfg):
+        return wrong(*right(kv_BSL, w, name, cfg), cfg)
+
+    return {"mla_expand": mla_expand}
+
+
+def visible(wrong):
+    """wrong(position of the key (S,), of the query (B, T, 1), start (B, 1, 1)) -> True where it may look."""
+    right = dsv3.positions
+
+    def positions(token_BT, start_B, cfg, dtype):
+        pos = right(token_BT, start_B, cfg, dtype)
+        start = pos.start_B[:, None, None]
+        query = start + np.arange(token_BT.shape[1])[:, None]
+        return pos._replace(visible_BTS=wrong(np.arange(pos.visible_BTS.shape[-1]), query, start))
+
+    return {"positions": positions}
+
+
+simple("self_attn", "v3_yarn long", {
+    "no causal mask": lambda: visible(lambda key, query, start: (key >= 0) & (query >= 0)),
+    "the mask lets a token see the next one": lambda: visible(lambda key, query, start: key <= query + 1),
+    "the mask hides a token from itself": lambda: visible(lambda key, query, start: (key < query) | (key == 0)),
+})  # fmt: skip
+
+
+@mistake("the softmax runs over the heads", "self_attn", "v3_yarn")
+def _():
+    def attention(q_BTHX, k_BSHX, v_BSHY, visible_BTS, scale):
+        score_BHTS = scale * np.einsum("BTHX,BSHX->BHTS", q_BTHX, k_BSHX)
+        p_BHTS = np.moveaxis(dsv3.softmax(np.moveaxis(score_BHTS, 1, -1)), -1, 1) * visible_BTS[:, None]
+        return np.einsum("BHTS,BSHY->BTHY", p_BHTS.astype(v_BSHY.dtype), v_BSHY)
+
+    right = dsv3.mla_naive
+    return {"mla_naive": lambda *args: right(*args[:7], attention=attention)}
+
+
+# ---- The cache and the absorbed form -------------------------------------------------------------------------------
+
+
+def cache(wrong):
+    """wrong(layer, kv_BTL, pos, self) -> what is appended in their place."""
+
+    class Wrong(dsv3.Cache):
+        def append(self, layer, kv_BTL, pos):
+            return super().append(*wrong(layer, kv_BTL, pos, self))
+
+    return {"Cache": Wrong}
+
+
+simple("self_attn.q_rope", "chunks", {
+    "positions start again in each chunk": lambda: turned(
+        lambda pos, cfg: np.broadcast_to(np.arange(pos.shape[1]), pos.shape)[..., None] * dsv3.rope_frequencies(cfg)),
+    "positions of later chunks are one too far": lambda: turned(
+        lambda pos, cfg: (pos + (pos[:, :1] > 0))[..., None] * dsv3.rope_frequencies(cfg)),
+})  # fmt: skip
+simple("self_attn", "chunks chunks_of_three", {
+    "a chunk sees only itself": lambda: visible(lambda key, query, start: (key >= start) & (key <= query)),
+    "a chunk sees all of itself": lambda: visible(
+        lambda key, query, start: (key <= query) | (key >= start) & (start > 0)),
+    "a later chunk's mask begins at 0": lambda: visible(lambda key, query, start: key <= query - start),
+    "each chunk is cached one entry too late": lambda: late_cache(),
+})  # fmt: skip
+
+
+def late_cache():
+    def wrong(layer, kv_BTL, pos, self):
+        if pos.start_B.max() and kv_BTL.shape[1] > 1:
+            kv_BTL = np.concatenate([self.layers[layer][:, pos.start_B.max() - 1, None], kv_BTL[:, :-1]], axis=1)
+        return layer, kv_BTL, pos
+
+    return cache(wrong)
+
+
+simple("self_attn", "ragged_chunks generate_mtp_ragged", {
+    "all rows are cached as the first": lambda: cache(
+        lambda layer, kv_BTL, pos, self: (layer, np.repeat(kv_BTL[:1], len(kv_BTL), axis=0), pos)),
+})  # fmt: skip
+
+
+def absorbed(w_uk=lambda w, cfg: w[:, : cfg.qk_nope_head_dim], w_uv=lambda w, cfg: w[:, cfg.qk_nope_head_dim :],
+             keys=lambda kv, cfg: kv, scale=lambda cfg: dsv3.softmax_scale(cfg)):  # fmt: skip
+    """The absorbed form, with other matrices, keys, or another scale."""
+
+    def wrong(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
+        C = cfg.kv_lora_rank
+        up_HXC = w[f"{name}.kv_b_proj.weight"].reshape(cfg.num_attention_heads, -1, C)
+        q_BTHC = np.einsum("BTHN,HNC->BTHC", q_nope_BTHN, w_uk(up_HXC, cfg))
+        k_BSJL = keys(kv_BSL, cfg)[:, :, None]
+        q_BTHL = np.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
+        o_BTHC = dsv3.attention(q_BTHL, k_BSJL, kv_BSL[:, :, None, :C], visible_BTS, scale(cfg))
+        return np.einsum("BTHC,HVC->BTHV", o_BTHC, w_uv(up_HXC, cfg))
+
+    return {"mla_absorbed": wrong}
+
+
+simple("self_attn", "absorbed absorbed_moonlight", {
+    "absorbed: W_UV is read where W_UK is, and the reverse": lambda: absorbed(
+        lambda w, cfg: w[:, -cfg.qk_nope_head_dim :], lambda w, cfg: w[:, : -cfg.qk_nope_head_dim]),
+    "absorbed: the scale is that of its longer keys": lambda: absorbed(
+        scale=lambda cfg: (cfg.kv_lora_rank + cfg.qk_rope_head_dim) ** -0.5 * mscale_squared(cfg)),
+    "absorbed: k_R is left out of the scores": lambda: absorbed(
+        keys=lambda kv, cfg: kv * (np.arange(kv.shape[-1]) < cfg.kv_lora_rank)),
+    "absorbed: all heads take the first one's W_UK": lambda: absorbed(
+        lambda w, cfg: np.repeat(w[:1, : cfg.qk_nope_head_dim], len(w), axis=0)),
+})  # fmt: skip
+simple("self_attn", "absorbed", {
+    "absorbed: the scale lacks mscale^2": lambda: absorbed(scale=lambda cfg: head_dim(cfg) ** -0.5),
+})  # fmt: skip
