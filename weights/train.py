@@ -9,10 +9,6 @@ recipe is that of section 4.2 of the paper with Muon for the matrices; README.md
 depart. A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it
 had never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
 changed on the way.
-
-Each step frees some gigabytes. Where page faults are slow, as in virtual machines, glibc should keep them:
-
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 """
 
 import argparse
