@@ -1,13 +1,15 @@
-"""Train the checkpoint in this directory by differentiating deepseek_v3.py itself.
+"""Train a model like the one in this directory by differentiating deepseek_v3.py itself.
 
     pip install jax optax tokenizers safetensors ml_dtypes tqdm
     python weights/train.py --text TinyStoriesV2-GPT4-train.txt --out my-weights
 
-`xp` becomes jax.numpy, and `jax.value_and_grad` of `training_objective` is the training step: there is no second copy
-of the model. What is slow under JAX is replaced by an equal form, in section 1; test_train.py shows them equal. The
-recipe is that of section 4.2 of the paper with Muon for the matrices; README.md beside this file says where its numbers
-depart. A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it
-had never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
+`xp` becomes jax.numpy, and `jax.grad` of `training_objective` is the training step: there is no second copy of the
+model. What is slow under JAX is replaced by an equal form, in section 1; test_train.py shows them equal. The recipe is
+that of section 4.2 of the paper, with Muon for the matrices. The weights beside this file are older: README.md has
+their recipe, AdamW in three cycles.
+
+A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it had
+never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
 changed on the way.
 """
 
