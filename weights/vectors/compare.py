@@ -49,7 +49,7 @@ def read_trace(path):
 
 def read_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return dict(file)
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, OverflowError, MemoryError):
         raise Unreadable(f"{path} is not an .npz file of plain arrays") from None
@@ -78,12 +78,13 @@ def read_safetensors(path):
 def read_weights(directory):
     """A checkpoint's tensors, {name: array}; FP8 as codes."""
     index = Path(directory) / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {"": "model.safetensors"}
+    files = sorted(set(weight_map.values()))
     return {name: x for file in files for name, x in read_trace(index.with_name(file)).items()}
 
 
 def numbers(x):
-    """An array of real numbers in float64, a single number as an array of one; Unreadable if it holds something else."""
+    """An array of real numbers in float64, one number as an array of one; Unreadable if it holds something else."""
     x = np.atleast_1d(x)
     if x.dtype == BF16:
         return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -153,7 +154,7 @@ def which(bad, noun):
 def places(bad):
     """Which tokens, and if it is not all of them which heads and elements."""
     found = []
-    for axis, noun in zip(range(bad.ndim), ("token", "head", "element") if bad.ndim == 3 else ("token", "element")):
+    for axis, noun in enumerate(("token", "head", "element") if bad.ndim == 3 else ("token", "element")[: bad.ndim]):
         along = bad.any(tuple(i for i in range(bad.ndim) if i != axis))
         if axis == 0 or not along.all():
             found.append(which(along, noun))
@@ -176,7 +177,8 @@ def differ(mine, want, limit):
     if lost.any():
         return Difference(lost, "is not finite")
     largest = float(np.nanmax(error, initial=0))
-    return Difference(bad, f"by up to {largest / rms:.2g} of its rms" if rms else f"by up to {largest:.2g}, where it is 0")
+    text = f"by up to {largest / rms:.2g} of its rms" if rms else f"by up to {largest:.2g}, where it is 0"
+    return Difference(bad, text)
 
 
 def differ_in_list(mine, want):
@@ -227,7 +229,8 @@ class Comparison:
         self.limit = allowed(self.dtype, tolerance)
         self.weights, self.config = {}, None
         if directory and (Path(directory) / "config.json").exists():
-            self.weights, self.config = read_weights(directory), json.loads((Path(directory) / "config.json").read_text())
+            self.weights = read_weights(directory)
+            self.config = json.loads((Path(directory) / "config.json").read_text())
         rows = {row: base for row, base in map(split, reference)}  # its last array
         self.needed = [row + base for row, base in rows.items()] if needed is None else needed
         self.known = {}  # row of the batch -> how many of its tokens have the same experts so far
@@ -237,9 +240,10 @@ class Comparison:
         bases = list(dict.fromkeys(split(name)[1] for name in self.reference))
         common = [name for name in self.reference if name in self.mine]
         if not common:
-            return Verdict(False, f"has none of the {len(self.reference)} arrays{self.strangers()}", next(iter(self.reference)))
+            first = next(iter(self.reference))
+            return Verdict(False, f"has none of the {len(self.reference)} arrays{self.strangers()}", first)
         self.latents_before_their_norm()
-        for i, base in enumerate(bases):
+        for base in bases:
             of_base = [name for name in self.reference if split(name)[1] == base]
             found = {name: d for name in of_base if name in self.mine and (d := self.compare_array(name))}
             if found:
@@ -325,8 +329,8 @@ class Comparison:
         if not all(near):
             return d
         self.known[row] = first = int(np.flatnonzero(d.bad)[0])
-        self.notes.append(f"token {first} chose other experts of nearly equal affinity, so {row or ''}it and those after "
-                          "it are not compared from there on")  # fmt: skip
+        self.notes.append(f"token {first} chose other experts of nearly equal affinity, so {row or ''}it and those "
+                          "after it are not compared from there on")  # fmt: skip
         return None
 
     def gap(self, choice, mine, want):

@@ -500,7 +500,7 @@ def spread(scale, shape):
 
 def make_trace(name, case, weights):
     first, last = case["config"]["first_k_dense_replace"], case["config"]["num_hidden_layers"] - 1
-    stays = case.pop("keep", rf"model\.layers\.({last}|{last + 1}|{last + 2})(\..*)?|"
+    stays = case.pop("keep", rf"model\.layers\.(0|{last}|{last + 1}|{last + 2})(\..*)?|"
                              rf"model\.layers\.{first}\.mlp\.gate.*|model\.norm|lm_head")  # fmt: skip
     judge, arrays = Judge(case["config"], weights), {}
     for n, prompt in enumerate(case["prompts"]):

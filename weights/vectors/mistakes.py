@@ -7,6 +7,7 @@ A mistake is planted by a function that returns {name in deepseek_v3.py: what to
 """
 
 import contextlib
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -17,9 +18,11 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+import cases  # noqa: E402
 import compare  # noqa: E402
-import deepseek_v3 as dsv3  # noqa: E402
 import port  # noqa: E402
+
+import deepseek_v3 as dsv3  # noqa: E402
 
 
 class Mistake(NamedTuple):
@@ -67,7 +70,10 @@ def config(change):
 
 def yarn(change):
     """The same of YaRN's numbers; change(yarn) -> the fields that change."""
-    return config(lambda cfg: {"rope_scaling": cfg.rope_scaling and replace(cfg.rope_scaling, **change(cfg.rope_scaling))})
+    def fields(cfg):
+        return {"rope_scaling": cfg.rope_scaling and replace(cfg.rope_scaling, **change(cfg.rope_scaling))}
+
+    return config(fields)
 
 
 def tensors(part, change):
@@ -239,8 +245,7 @@ def turned(wrong):
 
     def positions(token_BT, start_B, cfg, dtype):
         pos = right(token_BT, start_B, cfg, dtype)
-        pos_BT = pos.start_B[:, None] + np.arange(token_BT.shape[1])
-        angle, m = wrong(pos_BT, cfg), dsv3.rope_magnitude(cfg)
+        angle, m = wrong(pos.pos_BT, cfg), dsv3.rope_magnitude(cfg)
         return pos._replace(cos_BTP=(m * np.cos(angle)).astype(dtype), sin_BTP=(m * np.sin(angle)).astype(dtype))
 
     return {"positions": positions}
@@ -335,8 +340,7 @@ def _():
     right, right_query = dsv3.positions, dsv3.mla_query
 
     def query(x_BTD, w, name, cfg, pos):
-        T = x_BTD.shape[1]
-        plain = right(np.zeros((len(pos.start_B), T), int), pos.start_B, replace(cfg, rope_scaling=None), x_BTD.dtype)
+        plain = right(pos.pos_BT, pos.pos_BT[:, 0], replace(cfg, rope_scaling=None), x_BTD.dtype)
         return right_query(x_BTD, w, name, cfg, plain)
 
     return {"mla_query": query}
@@ -377,7 +381,7 @@ simple("self_attn.q_rope", "yarn_range", {
     "YaRN's range is held at the last pair": lambda: ramp(
         lambda low, high, cfg: rounded(low, high, cfg, cfg.qk_rope_head_dim // 2 - 1)),
 })  # fmt: skip
-simple("self_attn.q_rope", "yarn_crossing", {
+simple("self_attn", "yarn_crossing", {
     "YaRN begins only beyond the original context": lambda: dynamic_yarn(),
 })  # fmt: skip
 
@@ -486,7 +490,8 @@ simple("self_attn", "v3_yarn", {
     "o_proj takes the heads' elements in another order": lambda: tensors(
         "o_proj.weight", lambda x, cfg: heads_last(x.T, cfg.num_attention_heads).T),
     "k_R is the first head's alone": lambda: expanded(
-        lambda k, v, cfg: (k * (np.arange(k.shape[2])[:, None] * (np.arange(k.shape[3]) >= cfg.qk_nope_head_dim) == 0), v)),
+        lambda k, v, cfg: (
+            k * (np.arange(k.shape[2])[:, None] * (np.arange(k.shape[3]) >= cfg.qk_nope_head_dim) == 0), v)),
     "keys are joined as [rope ; nope], queries as [nope ; rope]": lambda: expanded(
         lambda k, v, cfg: (np.roll(k, cfg.qk_rope_head_dim, axis=-1), v)),
     "k_R is left out of the keys": lambda: expanded(
@@ -563,7 +568,7 @@ def visible(wrong):
 
     def positions(token_BT, start_B, cfg, dtype):
         pos = right(token_BT, start_B, cfg, dtype)
-        start = pos.start_B[:, None, None]
+        start = pos.pos_BT[:, :1, None]
         query = start + np.arange(token_BT.shape[1])[:, None]
         return pos._replace(visible_BTS=wrong(np.arange(pos.visible_BTS.shape[-1]), query, start))
 
@@ -618,8 +623,9 @@ simple("self_attn", "chunks chunks_of_three", {
 
 def late_cache():
     def wrong(layer, kv_BTL, pos, self):
-        if pos.start_B.max() and kv_BTL.shape[1] > 1:
-            kv_BTL = np.concatenate([self.layers[layer][:, pos.start_B.max() - 1, None], kv_BTL[:, :-1]], axis=1)
+        start = int(pos.pos_BT.min())
+        if start and kv_BTL.shape[1] > 1:
+            kv_BTL = np.concatenate([self.layers[layer][:, start - 1, None], kv_BTL[:, :-1]], axis=1)
         return layer, kv_BTL, pos
 
     return cache(wrong)
@@ -660,3 +666,389 @@ simple("self_attn", "absorbed absorbed_moonlight", {
 simple("self_attn", "absorbed", {
     "absorbed: the scale lacks mscale^2": lambda: absorbed(scale=lambda cfg: head_dim(cfg) ** -0.5),
 })  # fmt: skip
+
+
+# ---- Routing and experts -------------------------------------------------------------------------------------------
+
+
+def affinities(x_BTD, weight_ED, cfg):
+    affinity = dsv3.sigmoid if cfg.scoring_func == "sigmoid" else dsv3.softmax
+    return affinity(dsv3.wide(x_BTD) @ dsv3.wide(weight_ED).T)
+
+
+def biased(s, b, cfg):
+    return s + b
+
+
+def best_groups(choice, s, b, cfg):
+    return dsv3.keep_best_groups(choice, 2 if cfg.topk_method == "noaux_tc" else 1, cfg)
+
+
+def highest(choice, k):
+    return dsv3.top_k(choice, k)
+
+
+def of_the_chosen(s, choice, index, b, cfg):
+    return np.take_along_axis(s, index, axis=-1)
+
+
+def normalised(g, s, cfg):
+    g = g / (g.sum(-1, keepdims=True) + 1e-20) if cfg.norm_topk_prob else g
+    return g * cfg.routed_scaling_factor
+
+
+def routing(score=affinities, choose=biased, groups=best_groups, pick=highest, gate=of_the_chosen, scale=normalised):
+    """The page's router, one step of it another."""
+
+    def route(x_BTD, w, name, cfg):
+        s = score(x_BTD, w[f"{name}.gate.weight"], cfg)
+        dsv3.record(f"{name}.gate.scores", s)
+        v3 = cfg.topk_method == "noaux_tc"
+        b = dsv3.wide(w[f"{name}.gate.e_score_correction_bias"]) if v3 else np.zeros(1, s.dtype)
+        choice = choose(s, b, cfg)
+        if cfg.n_group > 1 and cfg.topk_method != "greedy":
+            choice = groups(choice, s, b, cfg)
+        index = pick(choice, cfg.num_experts_per_tok)
+        dsv3.record(f"{name}.gate.indices", index)
+        g = scale(gate(s, choice, index, b, cfg), s, cfg)
+        dsv3.record(f"{name}.gate.weights", g)
+        return index, g
+
+    return {"route": route}
+
+
+def ranked(rank, mask=-np.inf):
+    """Groups by rank(choice (..., G, X), the same of unbiased affinities, cfg); the others' experts get the mask."""
+
+    def groups(choice, s, b, cfg):
+        of_group = choice.reshape(*choice.shape[:2], cfg.n_group, -1)
+        best = dsv3.top_k(rank(of_group, s.reshape(of_group.shape), cfg), cfg.topk_group)
+        keep = dsv3.one_hot(best, cfg.n_group).any(-2)
+        return np.where(keep[..., None], of_group, mask).reshape(choice.shape)
+
+    return routing(groups=groups)
+
+
+def two_best(x):
+    return np.sort(x, axis=-1)[..., -2:].sum(-1)
+
+
+def last_of_equals(choice, k):
+    return choice.shape[-1] - 1 - dsv3.top_k(choice[..., ::-1], k)
+
+
+def last_of_equal_groups(choice, s, b, cfg):
+    of_group = choice.reshape(*choice.shape[:2], cfg.n_group, -1)
+    keep = dsv3.one_hot(last_of_equals(two_best(of_group), cfg.topk_group), cfg.n_group).any(-2)
+    return np.where(keep[..., None], of_group, -np.inf).reshape(choice.shape)
+
+
+simple("mlp.gate.scores", "v3_yarn", {
+    "affinities are a softmax": lambda: routing(lambda x, w, cfg: dsv3.softmax(dsv3.wide(x) @ dsv3.wide(w).T)),
+    "affinities are not squashed": lambda: routing(lambda x, w, cfg: dsv3.wide(x) @ dsv3.wide(w).T),
+})  # fmt: skip
+simple("mlp.gate.scores", "v2", {
+    "V2's affinities are sigmoids": lambda: routing(lambda x, w, cfg: dsv3.sigmoid(dsv3.wide(x) @ dsv3.wide(w).T)),
+})  # fmt: skip
+simple("mlp.gate.scores", "half", {
+    "the router computes in half precision": lambda: routing(lambda x, w, cfg: dsv3.sigmoid(
+        (x @ w.astype(x.dtype).T) if x.dtype == np.float16 else dsv3.wide(x) @ dsv3.wide(w).T).astype(np.float32)),
+})  # fmt: skip
+simple("mlp.gate.indices", "group_scores", {
+    "the bias is not used": lambda: routing(choose=lambda s, b, cfg: s),
+    "the bias is subtracted": lambda: routing(choose=lambda s, b, cfg: s - b),
+    "a group's score is its best affinity": lambda: ranked(lambda choice, s, cfg: choice.max(-1)),
+    "a group's score is the sum of all its affinities": lambda: ranked(lambda choice, s, cfg: choice.sum(-1)),
+    "a group's score is from unbiased affinities": lambda: ranked(lambda choice, s, cfg: two_best(s)),
+})  # fmt: skip
+simple("mlp.gate.indices", "v3_yarn many_groups", {
+    "groups are not limited": lambda: routing(groups=lambda choice, s, b, cfg: choice),
+})  # fmt: skip
+simple("mlp.gate.indices", "negative_bias", {
+    "experts of the other groups are masked with 0": lambda: ranked(lambda choice, s, cfg: two_best(choice), 0.0),
+})  # fmt: skip
+simple("mlp.gate.indices", "v2", {
+    "V2's groups are ranked by their two best": lambda: ranked(lambda choice, s, cfg: two_best(choice)),
+})  # fmt: skip
+simple("mlp.gate.indices", "ties_experts", {
+    "of equal experts the highest index wins": lambda: routing(pick=last_of_equals),
+})  # fmt: skip
+simple("mlp.gate.indices", "ties_groups", {
+    "of equal groups the highest index wins": lambda: routing(groups=last_of_equal_groups),
+})  # fmt: skip
+simple("mlp.gate.weights", "v3_yarn", {
+    "the bias is in the gates": lambda: routing(
+        gate=lambda s, choice, index, b, cfg: np.take_along_axis(s + b, index, axis=-1)),
+    "gates are not normalised": lambda: routing(scale=lambda g, s, cfg: g * cfg.routed_scaling_factor),
+    "gates are normalised over all experts": lambda: routing(
+        scale=lambda g, s, cfg: g / s.sum(-1, keepdims=True) * cfg.routed_scaling_factor),
+    "gates are a softmax of the chosen affinities": lambda: routing(
+        scale=lambda g, s, cfg: dsv3.softmax(g) * cfg.routed_scaling_factor),
+    "gates are not scaled": lambda: routing(scale=lambda g, s, cfg: normalised(g, s, cfg) / cfg.routed_scaling_factor),
+    "gates are scaled before they are normalised": lambda: routing(
+        scale=lambda g, s, cfg: g / g.sum(-1, keepdims=True)),
+})  # fmt: skip
+simple("mlp.gate.weights", "unnormalised", {
+    "gates are always normalised": lambda: routing(
+        scale=lambda g, s, cfg: g / (g.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scaling_factor),
+    "gates are scaled only where normalised": lambda: routing(
+        scale=lambda g, s, cfg: normalised(g, s, cfg) if cfg.norm_topk_prob else g),
+})  # fmt: skip
+simple("mlp.gate.weights", "tiny_affinities", {
+    "the normalisation's guard is 1e-6": lambda: routing(
+        scale=lambda g, s, cfg: g / (g.sum(-1, keepdims=True) + 1e-6) * cfg.routed_scaling_factor),
+    "affinities are got back as biased minus bias": lambda: routing(
+        gate=lambda s, choice, index, b, cfg: np.take_along_axis((s + b) - b, index, axis=-1)),
+})  # fmt: skip
+
+
+def experts(wrong):
+    """wrong(the routed sum, the shared experts' result or 0, cfg) -> their sum."""
+
+    def moe(x_BTD, w, name, cfg, cache):
+        index_BTK, gate_BTK = dsv3.route(x_BTD, w, name, cfg)
+        routed = dsv3.moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg)
+        shared = dsv3.swiglu(x_BTD, w, f"{name}.shared_experts") if cfg.n_shared_experts else 0
+        return wrong(routed, shared, cfg)
+
+    return {"moe": moe}
+
+
+def gate_before(x_BTD, w, name, index_BTK, gate_BTK, cfg):
+    y_BTD = np.zeros_like(x_BTD)
+    for e in range(cfg.n_routed_experts):
+        gate_BT = np.where(index_BTK == e, gate_BTK, 0).sum(-1).astype(x_BTD.dtype)
+        y_BTD = y_BTD + dsv3.swiglu(gate_BT[..., None] * x_BTD, w, f"{name}.experts.{e}")
+    return y_BTD
+
+
+simple("mlp", "v3_yarn", {
+    "no shared expert": lambda: experts(lambda routed, shared, cfg: routed),
+    "no routed experts": lambda: experts(lambda routed, shared, cfg: shared),
+    "the shared expert is scaled too": lambda: experts(
+        lambda routed, shared, cfg: routed + shared * cfg.routed_scaling_factor),
+    "gates multiply the experts' inputs": lambda: {"moe_all": gate_before},
+    "gates go to the chosen experts in another order": lambda: {
+        "moe_all": lambda x, w, name, index, gate, cfg: RIGHT_MOE(x, w, name, index, gate[..., ::-1], cfg)},
+})  # fmt: skip
+simple("mlp", "moonlight", {
+    "shared experts are averaged": lambda: experts(lambda routed, shared, cfg: routed + shared / cfg.n_shared_experts),
+})  # fmt: skip
+RIGHT_MOE = dsv3.moe_all
+
+
+# ---- Multi-token prediction, losses, balancing, FP8 ----------------------------------------------------------------
+
+
+def module(join=lambda embedded, state: [embedded, state], token=lambda k, i: i, state=lambda h, w, cfg: h,
+           norms=("enorm", "hnorm"), final=None):  # fmt: skip
+    """The page's MTP module: what is joined, of which tokens, from which state, by which norms; the last norm."""
+
+    def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
+        layer = cfg.num_hidden_layers + k - 1
+        name, eps = f"model.layers.{layer}", cfg.rms_norm_eps
+        pos = dsv3.positions(token_BT, start_B, cfg, h_BTD.dtype)
+        embedded = w["model.embed_tokens.weight"][token_BT]
+        embedded = dsv3.rms_norm(token(embedded, pos), w[f"{name}.{norms[0]}.weight"], eps)
+        hidden = dsv3.rms_norm(state(h_BTD, w, cfg), w[f"{name}.{norms[1]}.weight"], eps)
+        x_BTD = dsv3.linear(np.concatenate(join(embedded, hidden), axis=-1), w, f"{name}.eh_proj")
+        dsv3.record(f"{name}.eh_proj", x_BTD)
+        x_BTD = dsv3.block(x_BTD, w, layer, cfg, pos, cache)
+        last = f"{name}.shared_head.norm" if final is None else final
+        return dsv3.rms_norm(x_BTD, w[f"{last}.weight"], eps) if last else x_BTD
+
+    return {"mtp": mtp}
+
+
+def same(embedded, pos):
+    return embedded
+
+
+def before_the_norm():
+    """h^0 is the residual stream."""
+    last = []
+    block = watched_block(last)
+    right = dsv3.forward
+
+    def forward(*args):
+        right(*args)
+        return last[0]
+
+    def head(h_BTD, w, cfg):
+        normed = dsv3.rms_norm(h_BTD, w["model.norm.weight"], cfg.rms_norm_eps) if h_BTD is last[0] else h_BTD
+        return RIGHT_HEAD(normed, w, cfg)
+
+    return {"forward": forward, "block": block, "head": head}
+
+
+RIGHT_HEAD = dsv3.head
+simple("eh_proj", "mtp", {
+    "MTP joins [state ; embedding]": lambda: module(lambda embedded, state: [state, embedded], same),
+    "MTP swaps enorm and hnorm": lambda: module(token=same, norms=("hnorm", "enorm")),
+    "MTP masks the embedding at position 0": lambda: module(token=lambda x, pos: x * (pos.pos_BT > 0)[..., None]),
+    "MTP norms its state by model.norm again": lambda: module(
+        token=same, state=lambda h, w, cfg: dsv3.rms_norm(h, w["model.norm.weight"], cfg.rms_norm_eps)),
+    "MTP reads the state one token too late": lambda: module(
+        token=same, state=lambda h, w, cfg: np.roll(h, -1, axis=1)),
+})  # fmt: skip
+simple("shared_head", "mtp", {
+    "MTP ends with model.norm": lambda: module(token=same, final="model.norm"),
+    "MTP lacks its last norm": lambda: module(token=same, final=""),
+})  # fmt: skip
+simple("model.layers.3.eh_proj", "mtp_depth_2", {
+    "MTP module 2 reads module 1's state before its norm": lambda: next_before_norm(),
+})  # fmt: skip
+
+
+def next_before_norm():
+    """The state goes on without shared_head.norm, and the head norms it."""
+    plain = module(token=same, final="")["mtp"]
+    made = {}
+
+    def mtp(k, *args):
+        y_BTD = plain(k, *args)
+        made[id(y_BTD)] = (y_BTD, k)
+        return y_BTD
+
+    def head(h_BTD, w, cfg):
+        if id(h_BTD) in made:
+            name = f"model.layers.{cfg.num_hidden_layers + made[id(h_BTD)][1] - 1}.shared_head.norm.weight"
+            h_BTD = dsv3.rms_norm(h_BTD, w[name], cfg.rms_norm_eps)
+        return RIGHT_HEAD(h_BTD, w, cfg)
+
+    return {"mtp": mtp, "head": head, "trace": direct_trace}
+
+
+def direct_trace(prompts, w, cfg, chunk=None):
+    """As `trace` without a cache; the modules' states reach the head as they are."""
+    token_BT = np.array(prompts)
+    with dsv3.recording() as named:
+        h_BXD = dsv3.forward(token_BT, w, cfg)
+        dsv3.record("lm_head", dsv3.head(h_BXD, w, cfg))
+        for k in range(1, dsv3.mtp_depth(w, cfg) + 1):
+            h_BXD = dsv3.mtp(k, h_BXD[:, :-1], token_BT[:, k:], w, cfg)
+            dsv3.record(f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head", dsv3.head(h_BXD, w, cfg))
+    return {name: x[0] for name, x in named.items()}
+
+
+@mistake("MTP writes into the last layer's cache", "0/tokens", "generate_mtp_cache generate_mtp")
+def _():
+    right = dsv3.mtp
+
+    class Last(NamedTuple):
+        cache: object
+
+        def append(self, layer, kv_BTL, pos):
+            return self.cache.append(layer - 1, kv_BTL, pos)
+
+    def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
+        return right(k, h_BTD, token_BT, w, cfg, cache and Last(cache), start_B)
+
+    return {"mtp": mtp}
+
+
+simple("0/tokens", "generate_mtp", {
+    "all drafts are accepted": lambda: {"verify": lambda p, q, draft, rng: (True, draft)},
+})  # fmt: skip
+simple("0/drafts", "generate_mtp_small_vocab", {
+    "all drafts are rejected": lambda: {"verify": lambda p, q, draft, rng: (False, dsv3.draw(p, rng))},
+})  # fmt: skip
+
+
+def objective(wrong):
+    """wrong(parts, T, cfg) changes the losses; the total is made of them again."""
+    right = dsv3.training_objective
+
+    def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
+        _, parts = right(w, token_BX, cfg, mtp_weight, balance_weight)
+        parts = dict(parts, average=True)
+        wrong(parts, token_BX.shape[1] - 1, cfg)
+        mtp = sum(parts["mtp"]) / (len(parts["mtp"]) if parts["average"] else 1)
+        return parts["main"] + mtp_weight * mtp + balance_weight * parts["balance"], parts
+
+    return {"training_objective": training_objective}
+
+
+def by_its_terms(parts, T, cfg):
+    parts["mtp"] = [loss * T / (T - k) for k, loss in enumerate(parts["mtp"], 1)]
+
+
+simple("mtp.1", "losses", {"the MTP loss is divided by its T - k terms": lambda: objective(by_its_terms)})
+simple("total", "losses", {
+    "MTP losses are summed, not averaged": lambda: objective(lambda parts, T, cfg: parts.update(average=False)),
+})  # fmt: skip
+simple("main", "losses", {
+    "the main loss is in bits": lambda: objective(lambda parts, T, cfg: parts.update(main=parts["main"] / math.log(2))),
+})  # fmt: skip
+simple("balance", "losses", {
+    "the balance loss is averaged over layers": lambda: objective(
+        lambda parts, T, cfg: parts.update(balance=parts["balance"] / len(parts["load"]))),
+    "the balance loss lacks E / K": lambda: objective(lambda parts, T, cfg: parts.update(
+        balance=parts["balance"] * cfg.num_experts_per_tok / cfg.n_routed_experts)),
+})  # fmt: skip
+simple("bias", "update_bias", {
+    "an expert with the mean load gets more": lambda: {"update_bias": lambda b, n, gamma: b + gamma * np.where(
+        n <= n.mean(), 1, -1)},
+    "the biases are centred": lambda: {"update_bias": lambda b, n, gamma: RIGHT_UPDATE(b, n, gamma)
+                                       - RIGHT_UPDATE(b * 0, n, gamma).mean()},
+    "overloaded experts get more": lambda: {"update_bias": lambda b, n, gamma: b - (RIGHT_UPDATE(b, n, gamma) - b)},
+    "the bias moves by the load's error": lambda: {"update_bias": lambda b, n, gamma: b + gamma * (n.mean() - n)},
+})  # fmt: skip
+RIGHT_UPDATE, RIGHT_DEQUANTIZE = dsv3.update_bias, dsv3.dequantize
+simple("weight", "fp8", {
+    "FP8 is divided by its scale": lambda: {"dequantize": lambda code, scale: RIGHT_DEQUANTIZE(code, 1 / scale)},
+    "FP8's blocks are rows / scales high": lambda: {"dequantize": lambda code, scale: RIGHT_DEQUANTIZE(
+        code, np.ones_like(scale)) * scale.repeat(-(-code.shape[0] // scale.shape[0]), 0)[: code.shape[0]].repeat(
+        -(-code.shape[1] // scale.shape[1]), 1)[:, : code.shape[1]]},
+    "FP8 has no NaN": lambda: {"dequantize": lambda code, scale: np.where(
+        code & 127 == 127, 480 * np.sign(127.5 - code) * RIGHT_DEQUANTIZE(code * 0 + 0x38, scale),
+        RIGHT_DEQUANTIZE(code, scale)).astype(np.float32)},
+    "FP8's scales are transposed": lambda: {"dequantize": lambda code, scale: RIGHT_DEQUANTIZE(code, scale.T)},
+    "FP8's last blocks take the scale before": lambda: {"dequantize": lambda code, scale: RIGHT_DEQUANTIZE(
+        code, np.concatenate([scale[:-1], scale[-2:-1]]))},
+})  # fmt: skip
+
+
+# ---- The diagnosis -------------------------------------------------------------------------------------------------
+
+
+def wrong_answer(what, request, directory):
+    """What the page answers with a mistake; None if the checkpoint has nothing that it could change."""
+    try:
+        with planted(what), np.errstate(all="ignore"):
+            return port.answer(directory, request)
+    except (ArithmeticError, LookupError, ValueError, AttributeError):
+        return None
+
+
+def candidates(request, at):
+    """The mistakes that a case with such a request shows: first those that show at this array, then the others."""
+    index = cases.read_index()
+    goes = [what for what, it in MISTAKES.items() if any(index[name]["do"] == request["do"] for name in it.cases)]
+    here = [what for what in goes if at.endswith(MISTAKES[what].where)]
+    return here, [what for what in goes if what not in here]
+
+
+def diagnose(mine, request, directory, at, answers=None):
+    """"; as if ..." if the page makes of the request, with one of the mistakes, what `mine` has at `at` and in the next
+    arrays. answers: in place of `wrong_answer`, if it is known already."""
+    names = list(mine)
+    after, found = names[names.index(at) :][:3], []
+    for what in itertools.chain(*candidates(request, at)):
+        if found and not at.endswith(MISTAKES[what].where):
+            break
+        wrong = (answers or wrong_answer)(what, request, directory) or {}
+        alike = {name: wrong[name] for name in after if name in wrong}
+        limit = {"8": 1e-6, "4": 1e-3, "2": 0.05}
+        if at in alike and compare.compare({name: mine[name] for name in alike}, alike, limit).agrees:
+            found.append(what)
+    return f"; as if {' or '.join(found[:3])}" if found else ""
+
+
+def main():
+    for what, it in MISTAKES.items():
+        print(f"{what:66} {it.where:32} {' '.join(it.cases)}")
+
+
+if __name__ == "__main__":
+    main()

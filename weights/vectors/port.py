@@ -2,7 +2,8 @@
 
     python weights/vectors/check.py "python weights/vectors/port.py"
 
-A port is called with a directory: what request.json there asks for, of the checkpoint there, goes to answer.safetensors.
+A port is called with a directory. What request.json there asks for, of the checkpoint there, goes to
+answer.safetensors.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import deepseek_v3 as dsv3  # noqa: E402
+import deepseek_v3 as dsv3
 
 
 def load(directory, dtype):

@@ -1,0 +1,225 @@
+"""The kit is right: the page and the JavaScript port pass it, planted mistakes do not, and bad answers are one line."""
+
+import contextlib
+import functools
+import io
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import cases  # noqa: E402
+import check  # noqa: E402
+import compare  # noqa: E402
+import mistakes  # noqa: E402
+import port  # noqa: E402
+
+INDEX, EXPECTED = cases.read_index(), cases.read_expected()
+DIRECTORY = Path(tempfile.mkdtemp())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scratch():
+    yield
+    shutil.rmtree(DIRECTORY)
+
+
+@functools.cache
+def files(name, dtype):
+    """A case's files -> (directory, request)."""
+    directory = DIRECTORY / f"{name}-{dtype}"
+    return directory, check.prepare(name, INDEX[name], EXPECTED, directory, dtype)
+
+
+def judge(name, mine):
+    case = INDEX[name]
+    reference = {array: EXPECTED[f"{name}/{array}"] for array in case["arrays"]}
+    traced = case["do"] == "trace"
+    directory = files(name, "float64")[0] if traced else None
+    return compare.compare(mine, reference, case["tolerance"], directory, None if traced else list(reference))
+
+
+def checked(*args):
+    """check.py with these arguments -> (exit code, lines)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = check.main([str(arg) for arg in args])
+    return code, out.getvalue().splitlines()
+
+
+# ---- The cases -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", INDEX)
+def test_page_passes(name, dtype):
+    directory, request = files(name, dtype)
+    verdict = judge(name, port.answer(directory, request))
+    assert verdict.agrees, verdict.text
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+def test_port_in_javascript_passes():
+    code, lines = checked(f"node {HERE / 'port.mjs'}")
+    assert code == 0 and lines[-1] == f"{len(INDEX) - 2} agrees, 0 departs, 2 skipped", lines
+
+
+def test_cases_say_what_they_are():
+    for name, case in INDEX.items():
+        assert case["why"] and case["origin"] and case["equation"] and case["arrays"], name
+        assert all(f"{name}/{array}" in EXPECTED for array in case["arrays"])
+    assert checked("--list")[1][0].startswith("v3_yarn")
+    assert sum(path.stat().st_size for path in HERE.iterdir() if path.is_file()) < 3e6
+
+
+def test_stored_numbers_are_those_of_ml_dtypes():
+    x = np.random.default_rng(0).standard_normal(4000) * np.exp(np.linspace(-12, 6, 4000))
+    x[:4] = 0, -0.0, 448, -464  # the last one is nearest to 448 of what there is
+    assert np.array_equal(cases.e4m3(x), np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    assert np.array_equal(cases.bf16(x), x.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+# ---- Planted mistakes ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def wrong_answer(what, name, dtype):
+    directory, request = files(name, dtype)
+    return mistakes.wrong_answer(what, request, directory)
+
+
+def known_answer(name, what, *_):
+    return wrong_answer(what, name, "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("what", mistakes.MISTAKES)
+def test_mistake_is_caught_where_it_is(what, dtype):
+    it = mistakes.MISTAKES[what]
+    if it.unseen == dtype:
+        pytest.skip(f"no case can show it in {dtype}")
+    verdicts = [judge(name, wrong_answer(what, name, dtype)) for name in it.cases]
+    assert not any(verdict.agrees for verdict in verdicts)
+    assert verdicts[0].at.endswith(it.where), verdicts[0].text
+
+
+def test_mistakes_are_named():
+    """At least 80 % of them, by the case that is theirs."""
+    named = {}
+    for what, it in mistakes.MISTAKES.items():
+        (directory, request), mine = files(it.cases[0], "float64"), wrong_answer(what, it.cases[0], "float64")
+        at = judge(it.cases[0], mine).at
+        known = functools.partial(known_answer, it.cases[0])
+        named[what] = bool(at) and what in mistakes.diagnose(mine, request, directory, at, known)
+    assert len(named) >= 90 and sum(named.values()) >= 0.8 * len(named), [what for what in named if not named[what]]
+
+
+# ---- Ports that fail -----------------------------------------------------------------------------------------------
+
+HEADER = "import json, sys, time, pathlib, struct; d = pathlib.Path(sys.argv[1]); answer = d / 'answer.safetensors'\n"
+WRITE = HEADER + '''
+def write(arrays):
+    header, data = {}, b""
+    for name, (kind, shape, raw) in arrays.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    answer.write_bytes(len(text).to_bytes(8, "little") + text + data)
+'''
+FAULTS = {  # a port in a few lines -> what the line must say
+    "crash": (HEADER + "1 / 0", "exit code 1: ZeroDivisionError"),
+    "silent": (HEADER + "sys.exit(7)", "exit code 7: it says nothing"),
+    "no answer": (HEADER, "wrote no answer"),
+    "hang": (HEADER + "time.sleep(60)", "no answer after 1 s"),
+    "nonsense": (HEADER + "answer.write_bytes(b'nonsense' * 9)", "not a whole"),
+    "half a file": (WRITE + "write({'lm_head': ('F64', [1, 48], b'0' * 384)})\n"
+                            "answer.write_bytes(answer.read_bytes()[:-99])", "not a whole"),
+    "10 GB": (WRITE + "write({'lm_head': ('F64', [14, 10**9], b'')})", "not a whole"),
+    "another shape": (WRITE + "write({'lm_head': ('F64', [2, 48], bytes(768))})", "shape is [2, 48]"),
+    "not finite": (WRITE + "write({'lm_head': ('F64', [1, 48], struct.pack('d', float('nan')) * 48)})", "not finite"),
+    "another dtype": (WRITE + "write({'lm_head': ('C64', [1, 48], bytes(384))})", "C64"),
+    "integers": (WRITE + "write({'lm_head': ('I64', [1, 48], bytes(384))})", "departs at lm_head"),
+    "unknown names": (WRITE + "write({'logits': ('F64', [1, 48], bytes(384))})", "logits, for lm_head?"),
+    "no last array": (WRITE + "write({'model.norm': ('F64', [1, 24], bytes(192))})", "model.norm"),
+    "it lacks this": (HEADER + "print('no such thing', file=sys.stderr); sys.exit(3)", "skipped: no such thing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_port_that_fails_is_one_line(fault, tmp_path):
+    program, word = FAULTS[fault]
+    (tmp_path / "port.py").write_text(program)
+    limit = 1 if fault == "hang" else 60
+    code, lines = checked(f"{sys.executable} {tmp_path / 'port.py'}", "--case", "one_token", "--timeout", limit)
+    assert len(lines) == 2 and word in lines[0], lines
+    assert code == (0 if "skipped" in word else 1)
+
+
+def test_request_that_cannot_be_used_is_one_line(tmp_path):
+    for args in (["--case", "no_such_case"], [], ["x", "--keep", HERE]):
+        code, lines = checked(*args)
+        assert code == 2 and len(lines) == 1
+    assert checked("no-such-program", "--case", "one_token")[1][0].endswith("No such file or directory")
+
+
+def test_keep_leaves_the_files(tmp_path):
+    assert checked(f"{sys.executable} {HERE / 'port.py'}", "--case", "fp8_checkpoint", "--keep", tmp_path / "k")[0] == 0
+    kept = tmp_path / "k" / "fp8_checkpoint"
+    assert json.loads((kept / "request.json").read_text())["do"] == "trace" and (kept / "answer.safetensors").exists()
+
+
+# ---- Two traces ----------------------------------------------------------------------------------------------------
+
+
+def trace_of(name="v3_yarn"):
+    return {array: EXPECTED[f"{name}/{array}"] for array in INDEX[name]["arrays"]}
+
+
+def test_compare_says_which_rows(tmp_path):
+    reference = trace_of()
+    for rows, words in ((slice(5, None), "from token 5 on"), (slice(None, -1), "all but the last token"),
+                        (slice(None), "every token"), (slice(3, 4), "token 3 alone")):  # fmt: skip
+        mine = {name: x.copy() for name, x in reference.items()}
+        mine["model.layers.1.self_attn"][rows] += 1
+        assert words in compare.compare(mine, reference).text
+    mine = {name: x for name, x in reference.items() if not name.endswith("mlp")}
+    assert "lacks 3" in compare.compare(mine, reference).text
+
+
+def test_compare_undoes_a_harmless_layout():
+    reference, directory = trace_of(), files("v3_yarn", "float64")[0]
+    mine = dict(reference)
+    for name, x in reference.items():
+        if name.endswith("_rope"):
+            mine[name] = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+    assert compare.compare(mine, reference, directory=directory).agrees
+    mine["lm_head"] = mine["lm_head"] + 1
+    assert compare.compare(mine, reference, directory=directory).at == "lm_head"
+
+
+def test_compare_takes_the_tolerance_of_the_coarsest_dtype():
+    reference = trace_of()
+    half = {name: x.astype(np.float16) if x.dtype.kind == "f" else x for name, x in reference.items()}
+    assert compare.compare(half, reference).agrees
+    mixed = half | {"lm_head": half["lm_head"].astype(np.float64)}
+    assert compare.compare(mixed, reference).agrees
+    assert not compare.compare({name: x.astype(np.float64) for name, x in half.items()}, reference).agrees
+
+
+def test_compare_reads_npz_and_safetensors(tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    reference = trace_of()
+    np.savez(tmp_path / "a.npz", **reference)
+    save_file(reference, tmp_path / "b.safetensors")
+    assert compare.main([str(tmp_path / "a.npz"), str(tmp_path / "b.safetensors")]) == 0
+    (tmp_path / "c.npz").write_bytes(b"PK\3\4 no")
+    assert compare.main([str(tmp_path / "c.npz"), str(tmp_path / "b.safetensors")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
