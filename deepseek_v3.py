@@ -694,6 +694,9 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     if copied <= GATHERED and f"{name}.experts.gate_proj.weight" in w:
         return moe_gathered(x_BTD, w, name, index_BTK, gate_BTK)
     x_MD, index_X = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).ravel()  # X = M K choices
+    if len(x_MD) == 1:  # nothing to sort
+        gates = gate_BTK.astype(x_BTD.dtype).ravel()
+        return sum(gate * swiglu(x_BTD, w, f"{name}.experts.{e}") for e, gate in zip(index_X, gates, strict=True))
     order_X = np.argsort(index_X, kind="stable")  # the choices by expert
     end_E = np.cumsum(np.bincount(index_X, minlength=cfg.n_routed_experts))
     row_X = xp.asarray(order_X // index_BTK.shape[-1])
