@@ -915,7 +915,7 @@ def dequantize(code, scale):
     whatever `inv` suggests: one float32 product is the definition."""
     value, out = xp.asarray(e4m3_values()), xp.empty(code.shape, np.float32)
     for rows, scale_X in zip(slices(code.shape[0], BLOCK), scale, strict=True):
-        out[rows] = value[code[rows]] * xp.repeat(scale_X, BLOCK)[: code.shape[1]]
+        out[rows] = xp.take(value, code[rows]) * xp.repeat(scale_X, BLOCK)[: code.shape[1]]
     return out
 
 

@@ -1497,6 +1497,10 @@ def restore(directory, **changes):
     save_file({name: x for name, x in w.items() if x is not None}, directory / "model.safetensors")
 
 
+def in_fp8(name, *shape):
+    return {name: np.ones(shape, ml_dtypes.float8_e4m3fn), f"{name}_scale_inv": np.ones([1] * len(shape), np.float32)}
+
+
 NORM, O_PROJ = "model.norm.weight", "model.layers.0.self_attn.o_proj.weight"
 SCALE = f"{O_PROJ}_scale_inv"
 DAMAGE = {  # what was done -> how, and the word that the refusal must have
@@ -1524,7 +1528,8 @@ DAMAGE = {  # what was done -> how, and the word that the refusal must have
     "scale infinite": (lambda d: restore(d, **{SCALE: np.full((1, 1), np.inf, np.float32)}), "scale_inv"),
     "scale negative": (lambda d: restore(d, **{SCALE: np.full((1, 1), -1e-3, ml_dtypes.bfloat16)}), "scale_inv"),
     "scale that overflows": (lambda d: restore(d, **{SCALE: np.full((1, 1), 7e35, np.float32)}), "scale_inv"),
-    "FP8 norm": (lambda d: restore(d, **{NORM: np.ones(22, ml_dtypes.float8_e4m3fn)}), NORM),
+    "FP8 norm": (lambda d: restore(d, **in_fp8(NORM, 22)), NORM),
+    "FP8 embedding": (lambda d: restore(d, **in_fp8("model.embed_tokens.weight", 31, 22)), "embed_tokens"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "config cut": (lambda d: (d / "config.json").write_text("{"), "config.json"),
     "config in Latin-1": (lambda d: (d / "config.json").write_bytes(b'{"x": "\xe9"}'), "config.json"),
@@ -1807,15 +1812,18 @@ def test_main_makes_no_token_if_asked_for_none(small, program):
     assert (code, out.strip()) == (0, "") and STATISTICS.fullmatch(err) and "new: 0 tokens" in err
 
 
-def test_main_passes_on_what_the_flags_say(small, program, monkeypatch):
-    """--chunk bounds what goes through at a time, --memory what is decoded; the seed and top-k choose the tokens."""
+def test_main_passes_on_what_the_flags_say(small, program, monkeypatch, tmp_path):
+    """--chunk bounds what goes through at a time, in a trace too; the flags of sampling choose the tokens."""
     sizes, forward = [], dsv3.forward
     monkeypatch.setattr(dsv3, "forward", lambda x_BT, *args: sizes.append(x_BT.shape) or forward(x_BT, *args))
     flags = ["--weights", small, "--tokens", "1 2 3 4 5 6 7", "-n", 3, "--no-mtp", "--dtype", "float64"]
-    whole_prompt = program(*flags, "--memory", 0)[1]
+    whole_prompt = program(*flags)[1]
     assert sizes == [(1, 7), (1, 1), (1, 1)]
     sizes.clear()
     assert program(*flags, "--chunk", 3)[1] == whole_prompt and sizes[:3] == [(1, 3), (1, 3), (1, 1)]
+    sizes.clear()
+    assert program(*flags, "-n", 0, "--chunk", 3, "--trace", tmp_path / "t.npz")[0] == 0
+    assert sizes == [(1, 3), (1, 3), (1, 1)] * 2  # the trace, then the prompt of no new tokens
     drawn = program(*flags, "--temp", 2, "--top-k", 5, "--top-p", 0.9, "--seed", 4)[1]
     sampling = dsv3.Sampling(2.0, 5, 0.9, 4)
     w = dsv3.Checkpoint(small, SMALL, np.float64)
@@ -1919,6 +1927,8 @@ def test_memory_is_taken_freely_where_the_system_tells_nothing(small, program, m
     monkeypatch.setattr(dsv3.Path, "read_text", no_proc)  # as on Windows
     code, _, err = program("--weights", small, "--tokens", "1", "-n", 1, "--dtype", "float64")
     assert code == 0 and STATISTICS.fullmatch(err) and "peak memory 0 MB" in err
+    w = dsv3.Checkpoint(small, SMALL, np.float64)
+    assert w["lm_head.weight"] is w["lm_head.weight"] and not isinstance(w["lm_head.weight"], dsv3.Stored)
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path, program):
@@ -2020,7 +2030,7 @@ def test_text_begins_with_one_bos(program, scripted, tmp_path):
         assert empty == [0] and tom[0] == sat[0] == 0 and tom.count(0) == sat.count(0) == 1 and len(tom) > 1
     program("--weights", bare, "-p", f"{bos}Tom")
     assert scripted.asked.pop()[0] == [tom]
-    none = shipped_with(tmp_path / "v", tokenizer=tokenizer.to_str(), tokenizer_config=None)
+    none = shipped_with(tmp_path / "v", tokenizer=tokenizer.to_str(), tokenizer_config={"bos_token": bos})
     program("--weights", none, "-p", "Tom")
     assert scripted.asked.pop()[0] == [tom[1:]]
 
@@ -2051,11 +2061,13 @@ def test_chat_names_a_package_that_is_missing(program, tmp_path, monkeypatch):
 
 
 def test_chat_carries_the_conversation_in_the_template(program, scripted, tmp_path, monkeypatch):
-    """From --prompt, then line by line from stdin; the answer without its end token is part of what follows."""
+    """From --prompt, then line by line from stdin; the answer without its end token, here a full stop, is part of what
+    follows."""
     settings = json.loads((WEIGHTS / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
-    directory = shipped_with(tmp_path / "w", tokenizer_config=settings)
     tokenizer = tokenizers.Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
-    scripted.made = [*tokenizer.encode(" a cat", add_special_tokens=False).ids, 1]
+    scripted.made = tokenizer.encode(" a cat.", add_special_tokens=False).ids
+    ends = {"eos_token_id": [1, scripted.made[-1]]}
+    directory = shipped_with(tmp_path / "w", tokenizer_config=settings, generation_config=ends)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Lily\n"))
     code, out, err = program("--weights", directory, "--chat", "-p", "Tom")
     assert code == 0 and [line.strip() for line in out.splitlines()] == ["a cat", "a cat"]
@@ -2080,11 +2092,14 @@ def test_chat_message_writes_no_special_token(program, scripted, tmp_path, monke
     assert ids[0] == 0 and not {0, 1} & set(ids[1:]) and tokenizer.decode(ids) == f"{strange} said:"
 
 
-@pytest.mark.parametrize("template", [None, "{{ x.y.z }}", "{% if %}", "{{ ''.__class__.__mro__ }}"])
-def test_chat_template_missing_broken_or_hostile_is_refused(program, tmp_path, template):
+@pytest.mark.parametrize("template, word", [
+    (None, "--prompt"), ("{{ x.y.z }}", "template"), ("{% if %}", "template"),
+    ("{{ ''.__class__.__mro__ }}", "template"),
+])  # fmt: skip
+def test_chat_template_missing_broken_or_hostile_is_refused(program, tmp_path, template, word):
     directory = shipped_with(tmp_path / "w", **({} if template is None else {"jinja": template}))
     code, out, err = program("--weights", directory, "--chat", "-p", "x")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "template" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and word in err
 
 
 # ---- 11. The program as a user runs it -----------------------------------------------------------------------------
@@ -2105,7 +2120,7 @@ def test_program_refuses_what_is_not_text():
 
 
 def test_program_ends_quietly_where_its_pipe_is_closed():
-    command = f"{sys.executable} deepseek_v3.py -n 100 2>&1 | head -c 1"
+    command = f"PYTHONUNBUFFERED= {sys.executable} deepseek_v3.py -n 100 | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=HERE, capture_output=True, timeout=60)
     assert done.returncode == 0 and len(done.stdout) == 1 and not done.stderr
 

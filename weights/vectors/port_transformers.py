@@ -46,7 +46,7 @@ def trace(directory, prompts, chunks, depth):
             affinity = torch.sigmoid if hasattr(modules[name], "e_score_correction_bias") else torch.nn.Softmax(-1)
             for part, x in (("scores", affinity(scores)), ("indices", indices), ("weights", weights)):
                 keep(f"{name}.{part}", x[None])
-        elif torch.is_tensor(x := out[0] if isinstance(out, tuple) else out) and x.dim() == 3:
+        elif torch.is_tensor(x := out[0] if isinstance(out, tuple) else out) and x.dim() == 3 and not x.is_complex():
             name = (f"{n}/" if len(prompts) > 1 else "") + name.replace("kv_a_layernorm", "kv_latent")
             arrays[name] = torch.cat([arrays[name], x[0]]) if name in arrays else x[0]
 
