@@ -952,8 +952,8 @@ class Stored(Matrix):
     def bands(self, use):
         """use(slice) for each band of rows, in threads on the CPU; -> what it returned."""
         rows = BAND // math.prod(self.shape[1:])
-        each = THREADS.map if xp is np else map
-        return list(each(use, slices(self.shape[0], max(BLOCK, rows // BLOCK * BLOCK))))
+        parts = slices(self.shape[0], max(BLOCK, rows // BLOCK * BLOCK))
+        return list((THREADS.map if xp is np and len(parts) > 1 else map)(use, parts))
 
     def times(self, x_MX):
         return xp.concatenate(self.bands(lambda rows: product(x_MX, self[rows])), axis=1)
