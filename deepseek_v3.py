@@ -928,24 +928,25 @@ class Stored(Matrix):
     """A tensor in a file. Where there is no room to keep it decoded, it is a matrix as it lies there: each product
     decodes it anew, in bands of rows, each multiplied by the thread that decoded it."""
 
-    def __init__(self, path, kind, shape, offset):
-        self.path, self.kind, self.shape, self.offset = path, kind, shape, offset
+    def __init__(self, file, kind, shape, offset):
+        self.file, self.kind, self.shape, self.offset = file, kind, shape, offset  # file: its bytes, mapped into memory
         self.dtype, self.scale = np.dtype(np.float32), None  # of the computation; the Stored scales of an FP8 tensor
 
     @property
     def array(self):
-        """As stored, mapped into memory: BF16 as uint16, FP8 as uint8."""
-        return np.asarray(np.memmap(self.path, STORED[self.kind], "r", self.offset, self.shape))
+        """As stored, mapped: BF16 as uint16, FP8 as uint8."""
+        return np.ndarray(self.shape, STORED[self.kind], self.file, self.offset)
 
     def __getitem__(self, rows):
         """Some rows: BF16 and FP8 exactly, as float32, then in dtype. A slice of FP8 must begin with a block."""
-        part = xp.asarray(self.array[rows if isinstance(rows, slice) else to_host(rows)])
+        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # its pages can go at once
+        part = xp.asarray(apart[rows if isinstance(rows, slice) else to_host(rows)])
         if self.kind == "BF16":
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
         if self.kind == "F8_E4M3":
             scale = self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)]
             sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times a larger one overflows
-            require(sound, f"{self.path}: a weight_scale_inv is not a number from 0 to 6e35")
+            require(sound, f"{self.file.filename}: a weight_scale_inv is not a number from 0 to 6e35")
             part = dequantize(part, scale)
         return part.astype(self.dtype, copy=False)
 
@@ -975,7 +976,8 @@ def read_safetensors(path):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     require(all(isinstance(header[name], dict) for name in names), f"{path}: a tensor's entry is not an object")
-    return {name: Stored(path, header[name]["dtype"], tuple(header[name]["shape"]),
+    mapped = np.memmap(path, np.uint8, "r")
+    return {name: Stored(mapped, header[name]["dtype"], tuple(header[name]["shape"]),
                          8 + length + header[name]["data_offsets"][0]) for name in names}  # fmt: skip
 
 
