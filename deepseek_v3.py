@@ -939,7 +939,7 @@ class Stored(Matrix):
 
     def __getitem__(self, rows):
         """Some rows: BF16 and FP8 exactly, as float32, then in dtype. A slice of FP8 must begin with a block."""
-        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # its pages can go at once
+        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # pages that go again
         part = xp.asarray(apart[rows if isinstance(rows, slice) else to_host(rows)])
         if self.kind == "BF16":
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
