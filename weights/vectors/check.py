@@ -32,7 +32,7 @@ class Lacks(Exception):
 
 def last_line(text):
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "".join(c if c.isprintable() else "?" for c in lines[-1])[:160] if lines else "it says nothing"
+    return lines[-1][:160] if lines else "it says nothing"
 
 
 def run(command, directory, limit):
@@ -45,9 +45,12 @@ def run(command, directory, limit):
     try:
         said = port.communicate(timeout=limit)[1].decode("utf-8", "replace")
     except subprocess.TimeoutExpired:
-        os.killpg(port.pid, signal.SIGKILL)
-        port.communicate()
         raise Failed(f"has no answer after {limit:g} s (--timeout)") from None
+    finally:
+        if port.poll() is None:  # interrupted, too
+            os.killpg(port.pid, signal.SIGKILL)
+            port.wait()
+        port.stderr.close()
     if port.returncode == 3:
         raise Lacks(last_line(said))
     if port.returncode:
@@ -79,15 +82,18 @@ def judge(name, case, expected, directory, request):
         raise Lacks(f"this case cannot be judged in {coarsest}")
     traced = case["do"] == "trace"
     needed = None if traced else list(reference)
-    verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
-    if not verdict.agrees and verdict.at in mine:
-        try:
-            from mistakes import diagnose
-
-            return verdict._replace(text=verdict.text + diagnose(mine, request, directory, verdict.at))
-        except ImportError:  # without deepseek_v3.py, which makes the mistakes, they have no names
-            pass
-    return verdict
+    try:
+        verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
+    except (OSError, ValueError) as e:
+        raise Failed(f"left a checkpoint that cannot be read: {e}") from None
+    if verdict.agrees or verdict.at not in mine:
+        return verdict
+    try:
+        from mistakes import diagnose
+    except ImportError:  # without deepseek_v3.py, which makes the mistakes, they have no names
+        return verdict
+    hint = diagnose(mine, request, directory, verdict.at, list(reference), case["tolerance"])
+    return verdict._replace(text=verdict.text + hint)
 
 
 def check(name, case, expected, command, args, base):
@@ -110,29 +116,48 @@ def main(argv=None):
     parser.add_argument("--case", action="append", metavar="NAME", help="this case only; repeatable")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="to ask for (float64)")
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds that a case may take (60)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the cases' files there, a directory each")
+    parser.add_argument("--keep", type=Path, metavar="DIR",
+                        help="leave the cases' files there, a directory each; without COMMAND only these")
     parser.add_argument("--list", action="store_true", help="say what the cases are")
     args, index = parser.parse_args(argv), cases.read_index()
     chosen = args.case or list(index)
     unknown = [name for name in chosen if name not in index]
-    if unknown or not (args.command or args.list):
+    if unknown or not (args.command or args.list or args.keep):
         print(f"no case {unknown[0]!r}; --list names them" if unknown else "COMMAND is missing", file=sys.stderr)
         return 2
     if args.list:
         print(*(f"{name:24} {index[name]['equation']:20} {index[name]['why']}" for name in chosen), sep="\n")
         return 0
-    if args.keep and args.keep.exists() and any(args.keep.iterdir()):
-        print(f"{args.keep} is not empty", file=sys.stderr)
+    try:
+        if args.keep:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            if any(args.keep.iterdir()):
+                raise OSError(f"{args.keep} is not empty")
+        command = shlex.split(args.command or "")
+    except (OSError, ValueError) as e:
+        print(e, file=sys.stderr)
         return 2
-    command, expected, counts = shlex.split(args.command), cases.read_expected(), {}
+    return check_all({name: index[name] for name in chosen}, command, args)
+
+
+def check_all(chosen, command, args):
+    """Check the chosen cases, or without a command leave their files alone -> the exit code."""
+    expected, counts = cases.read_expected(), {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in chosen:
-            outcome, line = check(name, index[name], expected, command, args, args.keep or Path(scratch))
+        for name, case in chosen.items():
+            if not command:
+                prepare(name, case, expected, args.keep / name, args.dtype)
+                continue
+            outcome, line = check(name, case, expected, command, args, args.keep or Path(scratch))
             counts[outcome] = counts.get(outcome, 0) + 1
-            print(f"{name:24} {line}", flush=True)
-    print(", ".join(f"{counts.get(outcome, 0)} {outcome}" for outcome in ("agrees", "departs", "skipped")))
+            print(f"{name:24} {''.join(c if c.isprintable() else '?' for c in line)}", flush=True)
+    if command:
+        print(", ".join(f"{counts.get(outcome, 0)} {outcome}" for outcome in ("agrees", "departs", "skipped")))
     return 1 if counts.get("departs") else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -67,11 +67,14 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     arrays = {}
     for name, entry in header.items():
-        kind, shape, start = entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        if kind not in KINDS:
-            raise Unreadable(f"{path}: {name:.99} has dtype {kind}, which is none of {', '.join(KINDS)}")
-        empty = math.prod(shape) == 0  # there is nothing to map
-        arrays[name] = np.zeros(shape, KINDS[kind]) if empty else np.memmap(path, KINDS[kind], "r", start, shape)
+        if not isinstance(entry, dict) or entry["dtype"] not in KINDS:
+            raise Unreadable(f"{path}: {name:.99} is {entry!s:.99}, its dtype none of {', '.join(KINDS)}")
+        kind, shape, start = KINDS[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        try:
+            empty = math.prod(shape) == 0  # there is nothing to map
+            arrays[name] = np.zeros(shape, kind) if empty else np.memmap(path, kind, "r", start, shape)
+        except ValueError as e:  # a shape that NumPy cannot have
+            raise Unreadable(f"{path}: {name:.99} has shape {shape!s:.99}: {e}") from None
     return arrays
 
 
@@ -254,7 +257,8 @@ class Comparison:
     def complete(self, common):
         missing = [name for name in self.reference if name not in self.mine]
         lacks = f"; lacks {len(missing)}, the first is {missing[0]}" if missing else ""
-        right = f"{len(common)} of {len(self.reference)} arrays agree{lacks}{self.strangers()}{self.said()}"
+        dtype = f" in {self.dtype}" if self.dtype else ""
+        right = f"{len(common)} of {len(self.reference)} arrays agree{dtype}{lacks}{self.strangers()}{self.said()}"
         gone = [name for name in self.needed if name not in self.mine]
         if gone:
             return Verdict(False, f"lacks {gone[-1]}, which must be there; {right}", missing[0])
@@ -264,8 +268,9 @@ class Comparison:
         """Which rows of the batch, which tokens."""
         text = "" if next(iter(found.values())).bad is None else places(next(iter(found.values())).bad)
         if len(of_base) > 1:
-            rows = which([name in found for name in of_base], "row")
-            text = ", ".join(filter(None, [f"{rows} of the batch", text]))
+            rows = [split(name)[0][:-1] for name in found]
+            which_rows = "every row" if len(rows) == len(of_base) else f"row {' and '.join(rows)}"
+            text = ", ".join(filter(None, [f"{which_rows} of the batch", text]))
         return f", {text}" if text else ""
 
     def said(self):
@@ -311,8 +316,8 @@ class Comparison:
     def chosen(self, name, trace, gates):
         """The experts of some gates, if the trace says them."""
         index = name.removesuffix("weights") + "indices"
-        same = index in trace and index in self.mine and trace[index].shape[:1] >= gates.shape[:1]
-        return numbers(trace[index])[: len(gates)] if same else None
+        known = all(index in each and each[index].shape == trace[name].shape for each in (self.mine, self.reference))
+        return numbers(trace[index])[: len(gates)] if known else None
 
     def forgive(self, name, mine, want, d):
         """Other experts count only if their biased affinities differ by more than the tolerance: not where rounding
@@ -377,18 +382,18 @@ def main(argv=None):
     try:
         mine, reference = read_trace(args.mine), read_trace(args.reference)
         reference = {name: reference[name] for name in in_order(reference)}
+        prompts = [[int(token) for token in text.replace(",", " ").split()] for text in args.tokens or []]
         verdict = compare(mine, reference, directory=args.weights)
-    except Unreadable as e:
+    except (OSError, ValueError) as e:  # Unreadable among them, or a config.json that is no JSON
         print(e, file=sys.stderr)
         return 2
     hint = ""
-    if not verdict.agrees and args.weights and args.tokens:
+    if not verdict.agrees and verdict.at in mine and args.weights and prompts:
         from mistakes import diagnose
 
-        prompts = [[int(token) for token in text.replace(",", " ").split()] for text in args.tokens]
-        depth = sum(name.endswith(".shared_head") for name in reference)
+        depth = len({split(name)[1] for name in reference if name.endswith(".shared_head")})
         request = {"do": "trace", "dtype": "float64", "prompts": prompts, "chunks": None, "depth": depth}
-        hint = diagnose(mine, request, args.weights, verdict.at)
+        hint = diagnose(mine, request, args.weights, verdict.at, list(reference))
     print(f"{verdict.text}{hint}")
     return 0 if verdict.agrees else 1
 

@@ -7,7 +7,6 @@ A mistake is planted by a function that returns {name in deepseek_v3.py: what to
 """
 
 import contextlib
-import itertools
 import math
 import sys
 from dataclasses import replace
@@ -1029,20 +1028,40 @@ def candidates(request, at):
     return here, [what for what in goes if what not in here]
 
 
-def diagnose(mine, request, directory, at, answers=None):
-    """"; as if ..." if the page makes of the request, with one of the mistakes, what `mine` has at `at` and in the next
-    arrays. answers: in place of `wrong_answer`, if it is known already."""
-    names = list(mine)
-    after, found = names[names.index(at) :][:3], []
-    for what in itertools.chain(*candidates(request, at)):
-        if found and not at.endswith(MISTAKES[what].where):
-            break
-        wrong = (answers or wrong_answer)(what, request, directory) or {}
-        alike = {name: wrong[name] for name in after if name in wrong}
-        limit = {"8": 1e-6, "4": 1e-3, "2": 0.05}
-        if at in alike and compare.compare({name: mine[name] for name in alike}, alike, limit).agrees:
-            found.append(what)
-    return f"; as if {' or '.join(found[:3])}" if found else ""
+MANY = 60  # tokens; of longer prompts and texts not all mistakes are tried
+suspects, in_vain = {}, []  # the mistakes named so far are tried first; after a few searches in vain there is no other
+
+
+def diagnose(mine, request, directory, at, names, tolerance=compare.TOLERANCE, answers=wrong_answer):
+    """"; as if ..." if the page with one of the mistakes answers the request as `mine` does, at `at` and as far beyond
+    as any mistake explains. names: of the expected arrays, in the order of computation."""
+    order = list(dict.fromkeys(compare.split(name)[1] for name in names))
+    short = request.get("max_tokens", 0) + sum(map(len, request.get("prompts", []))) <= MANY
+    here, others = candidates(request, at)
+    searches = [list(suspects), here, others if short and len(in_vain) < 5 else []]
+    for search in searches:
+        reach = {what: explained(mine, answers(what, request, directory), at, order, tolerance) for what in search}
+        furthest = max(reach.values(), default=0)
+        if furthest:
+            found = [what for what in search if reach[what] == furthest]
+            suspects.update(dict.fromkeys(found[:3]))
+            upto = f", up to {order[furthest]}" if furthest < len(order) else ""
+            return f"; as if {' or '.join(found[:3])}{upto}"
+    in_vain.append(at)
+    return ""
+
+
+def explained(mine, wrong, at, order, tolerance):
+    """Up to which array of the order the page's wrong answer is `mine`, 0 if not even up to the one that departs."""
+    if not wrong or at not in wrong:
+        return 0
+    wrong = {name: wrong[name] for base in order for name in wrong if compare.split(name)[1] == base}
+    comparison = compare.Comparison(mine, wrong, tolerance, needed=[])
+    if comparison.compare_array(at):
+        return 0
+    verdict = comparison.verdict()
+    end = len(order) if verdict.agrees else order.index(compare.split(verdict.at)[1])
+    return end if end > order.index(compare.split(at)[1]) else 0
 
 
 def main():
