@@ -85,7 +85,7 @@ def judge(name, case, expected, directory, request):
     try:
         verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
     except (OSError, ValueError) as e:
-        raise Failed(f"left a checkpoint that cannot be read: {e}") from None
+        raise Failed(f"left a checkpoint that cannot be read: {e}".replace(f"{directory}{os.sep}", "")) from None
     if verdict.agrees or verdict.at not in mine:
         return verdict
     try:
@@ -134,6 +134,8 @@ def main(argv=None):
             if any(args.keep.iterdir()):
                 raise OSError(f"{args.keep} is not empty")
         command = shlex.split(args.command or "")
+        if not command and not args.keep:
+            raise OSError("COMMAND is empty")
     except (OSError, ValueError) as e:
         print(e, file=sys.stderr)
         return 2

@@ -402,7 +402,7 @@ simple("self_attn.q_rope", "hf5_spelling moonlight", {
 })  # fmt: skip
 simple("cos", "phases phases_magnitude", {
     "angles are computed in float32": lambda: turned(
-        lambda pos, cfg: (pos.astype(np.float32)[..., None] * dsv3.rope_frequencies(cfg).astype(np.float32))),
+        lambda pos, cfg: np.float64(np.float32(pos)[..., None] * np.float32(dsv3.rope_frequencies(cfg)))),
 })  # fmt: skip
 
 
@@ -864,25 +864,19 @@ def same(embedded, pos):
 
 
 def before_the_norm():
-    """h^0 is the residual stream."""
-    last = []
-    block = watched_block(last)
-    right = dsv3.forward
+    """Module 1 takes what the last layer gave."""
+    right, last = dsv3.mtp, []
 
-    def forward(*args):
-        right(*args)
-        return last[0]
+    def mtp(k, h_BTD, *args):
+        return right(k, last[0][:, : h_BTD.shape[1]] if k == 1 else h_BTD, *args)
 
-    def head(h_BTD, w, cfg):
-        normed = dsv3.rms_norm(h_BTD, w["model.norm.weight"], cfg.rms_norm_eps) if h_BTD is last[0] else h_BTD
-        return RIGHT_HEAD(normed, w, cfg)
-
-    return {"forward": forward, "block": block, "head": head}
+    return {"mtp": mtp, "block": watched_block(last)}
 
 
 RIGHT_HEAD = dsv3.head
 simple("eh_proj", "mtp", {
     "MTP joins [state ; embedding]": lambda: module(lambda embedded, state: [state, embedded], same),
+    "MTP reads the state before model.norm": before_the_norm,
     "MTP swaps enorm and hnorm": lambda: module(token=same, norms=("hnorm", "enorm")),
     "MTP masks the embedding at position 0": lambda: module(token=lambda x, pos: x * (pos.pos_BT > 0)[..., None]),
     "MTP norms its state by model.norm again": lambda: module(
@@ -1022,8 +1016,9 @@ def wrong_answer(what, request, directory):
 
 def candidates(request, at):
     """The mistakes that a case with such a request shows: first those that show at this array, then the others."""
-    index = cases.read_index()
-    goes = [what for what, it in MISTAKES.items() if any(index[name]["do"] == request["do"] for name in it.cases)]
+    index, do = cases.read_index(), request["do"]
+    kinds = ("trace", "phases") if do == "trace" else (do,)  # wrong phases show in a trace as well
+    goes = [what for what, it in MISTAKES.items() if any(index[name]["do"] in kinds for name in it.cases)]
     here = [what for what in goes if at.endswith(MISTAKES[what].where)]
     return here, [what for what in goes if what not in here]
 
@@ -1055,7 +1050,7 @@ def explained(mine, wrong, at, order, tolerance):
     """Up to which array of the order the page's wrong answer is `mine`, 0 if not even up to the one that departs."""
     if not wrong or at not in wrong:
         return 0
-    wrong = {name: wrong[name] for base in order for name in wrong if compare.split(name)[1] == base}
+    wrong = {name: compare.numbers(wrong[name]) for base in order for name in wrong if compare.split(name)[1] == base}
     comparison = compare.Comparison(mine, wrong, tolerance, needed=[])
     if comparison.compare_array(at):
         return 0

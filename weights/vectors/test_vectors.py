@@ -124,9 +124,26 @@ def test_mistakes_are_named():
     assert len(named) >= 90 and sum(named.values()) >= 0.8 * len(named), [what for what in named if not named[what]]
 
 
+def test_no_mistake_is_named_that_does_not_explain():
+    """Noise, and a mistake with a second one behind it."""
+    directory, request = files("v3_yarn", "float64")
+    names, at, mine = INDEX["v3_yarn"]["arrays"], "model.layers.0.self_attn.q_rope", trace_of()
+    mine[at] = mine[at] * (1 + 1e-7)
+    mistakes.suspects.clear()
+    assert mistakes.diagnose(mine, request, directory, at, names) == ""
+    mine = {**wrong_answer("YaRN is off", "v3_yarn", "float64")}
+    assert mistakes.diagnose(mine, request, directory, at, names) == "; as if YaRN is off"
+    mine["model.norm"] = mine["model.norm"] + 1
+    assert mistakes.diagnose(mine, request, directory, at, names) == "; as if YaRN is off, up to model.norm"
+    mine["model.layers.0.self_attn.k_rope"] = mine["model.layers.0.self_attn.k_rope"] + 1
+    named = mistakes.diagnose(mine, request, directory, at, names)
+    assert named == "; as if YaRN is off, up to model.layers.0.self_attn.k_rope"
+
+
 # ---- Ports that fail -----------------------------------------------------------------------------------------------
 
-HEADER = "import json, sys, time, pathlib, struct; d = pathlib.Path(sys.argv[1]); answer = d / 'answer.safetensors'\n"
+HEADER = ("import json, os, pathlib, struct, sys, time\n"
+          "d = pathlib.Path(sys.argv[1]); answer = d / 'answer.safetensors'\n")  # fmt: skip
 WRITE = HEADER + '''
 def write(arrays):
     header, data = {}, b""
@@ -147,6 +164,15 @@ FAULTS = {  # a port in a few lines -> what the line must say
     "10 GB": (WRITE + "write({'lm_head': ('F64', [14, 10**9], b'')})", "not a whole"),
     "another shape": (WRITE + "write({'lm_head': ('F64', [2, 48], bytes(768))})", "shape is [2, 48]"),
     "not finite": (WRITE + "write({'lm_head': ('F64', [1, 48], struct.pack('d', float('nan')) * 48)})", "not finite"),
+    "10 GB that are there": (WRITE + "write({'lm_head': ('F64', [14, 10**8], b'')})\n"
+        "data = answer.read_bytes().replace(b'[0, 0]', b'[0, %d]' % (14 * 8 * 10**8)); n = len(data) - 8\n"
+        "answer.write_bytes(n.to_bytes(8, 'little') + data[8:]); os.truncate(answer, 8 + n + 14 * 8 * 10**8)",
+        "shape is [14, 100000000]"),
+    "an entry as a list": (HEADER + "text = json.dumps({'lm_head': ['F64', [1, 48], [0, 384]]}).encode()\n"
+        "answer.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(384))", "lm_head is ['F64'"),
+    "a name of two lines": (WRITE + "write({'lm\\nhead': ('F64', [1, 48], bytes(384))})", "lm?head, for lm_head?"),
+    "no checkpoint any more": (WRITE + "(d / 'model.safetensors').unlink()\n"
+                                       "write({'lm_head': ('F64', [1, 48], bytes(384))})", "cannot be read"),
     "another dtype": (WRITE + "write({'lm_head': ('C64', [1, 48], bytes(384))})", "C64"),
     "integers": (WRITE + "write({'lm_head': ('I64', [1, 48], bytes(384))})", "departs at lm_head"),
     "unknown names": (WRITE + "write({'logits': ('F64', [1, 48], bytes(384))})", "logits, for lm_head?"),
@@ -166,7 +192,7 @@ def test_port_that_fails_is_one_line(fault, tmp_path):
 
 
 def test_request_that_cannot_be_used_is_one_line(tmp_path):
-    for args in (["--case", "no_such_case"], [], ["x", "--keep", HERE]):
+    for args in (["--case", "no_such_case"], [], ["x", "--keep", HERE], ["x", "--keep", __file__], ["'"], [" "]):
         code, lines = checked(*args)
         assert code == 2 and len(lines) == 1
     assert checked("no-such-program", "--case", "one_token")[1][0].endswith("No such file or directory")
@@ -176,6 +202,22 @@ def test_keep_leaves_the_files(tmp_path):
     assert checked(f"{sys.executable} {HERE / 'port.py'}", "--case", "fp8_checkpoint", "--keep", tmp_path / "k")[0] == 0
     kept = tmp_path / "k" / "fp8_checkpoint"
     assert json.loads((kept / "request.json").read_text())["do"] == "trace" and (kept / "answer.safetensors").exists()
+
+
+def test_keep_without_a_command_writes_the_files(tmp_path):
+    assert checked("--case", "mtp", "--case", "fp8", "--keep", tmp_path) == (0, [])
+    assert (tmp_path / "mtp" / "request.json").exists() and (tmp_path / "fp8" / "model.safetensors").exists()
+
+
+def test_half_a_port_hears_what_is_right_so_far(tmp_path):
+    """The embedding and layer 0 are there."""
+    source = (HERE / "port.py").read_text().replace("sys.path.insert(0, str(Path(__file__).resolve().parents[2]))",
+                                                    f"sys.path.insert(0, {str(HERE.parents[1])!r})")  # fmt: skip
+    kept = "{k: v for k, v in arrays.items() if 'layers.0' in k or 'embed' in k}"
+    source = source.replace("answer(directory, request))", f"(lambda arrays: {kept})(answer(directory, request)))")
+    (tmp_path / "port.py").write_text(source)
+    code, lines = checked(f"{sys.executable} {tmp_path / 'port.py'}", "--case", "v3_yarn")
+    assert code == 1 and "9 of 35 arrays agree in float64; lacks 26, the first is model.layers.1.inp" in lines[0], lines
 
 
 # ---- Two traces ----------------------------------------------------------------------------------------------------
