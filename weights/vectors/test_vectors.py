@@ -249,6 +249,53 @@ def test_compare_undoes_a_harmless_layout():
     assert compare.compare(mine, reference, directory=directory).at == "lm_head"
 
 
+def test_compare_norms_a_latent_under_a_name_that_says_so():
+    reference, directory, name = trace_of(), files("v3_yarn", "float64")[0], "model.layers.0.self_attn."
+    weight = compare.numbers(compare.read_weights(directory)[f"{name}kv_a_layernorm.weight"])
+    mine = dict(reference)
+    latent = 0.5 * mine.pop(f"{name}kv_latent") / weight
+    mine[f"{name}kv_a_proj_with_mqa"] = np.concatenate([latent, mine[f"{name}k_rope"]], axis=-1)
+    half = {"8": 1e-4}  # eps is not the same for a latent that was made smaller
+    verdict = compare.compare(mine, reference, half, directory)
+    assert verdict.agrees and "was normed" in verdict.text
+    mine[f"{name}kv_a_proj_with_mqa"] = mine[f"{name}kv_a_proj_with_mqa"] + 1
+    assert compare.compare(mine, reference, half, directory).at == f"{name}kv_latent"
+
+
+def test_compare_says_which_rows_of_the_batch():
+    reference = trace_of("ragged")
+    mine = dict(reference)
+    for n in (1, 2):
+        mine[f"{n}/model.norm"] = mine[f"{n}/model.norm"] + 1
+    verdict = compare.compare(mine, reference)
+    assert verdict.at == "1/model.norm" and "rows 1 and 2 of the batch, every token" in verdict.text
+
+
+@pytest.mark.parametrize("name", ["v3_yarn", "v2", "v2_lite", "k2_like"])
+def test_experts_are_forgiven_only_where_rounding_may_decide(name):
+    """Token 3's last expert gives way to the best that was not chosen of the groups that were."""
+    reference, directory, config = trace_of(name), files(name, "float64")[0], INDEX[name]["config"]
+    gate = next(array for array in reference if array.endswith("gate.indices")).removesuffix(".indices")
+    scores, chosen = reference[f"{gate}.scores"].copy(), reference[f"{gate}.indices"].copy()
+    bias = compare.read_weights(directory).get(f"{gate}.e_score_correction_bias", np.zeros(scores.shape[1]))
+    group = np.arange(scores.shape[1]) * config.get("n_group", 1) // scores.shape[1]
+    left = [e for e in range(scores.shape[1]) if e not in chosen[3] and group[e] in group[chosen[3]]]
+    last = min(chosen[3], key=lambda e: scores[3, e] + bias[e])
+    new = max(left, key=lambda e: scores[3, e] + bias[e])
+    mine = {array: np.float32(x) if x.dtype.kind == "f" else x for array, x in reference.items()}
+    chosen[3, chosen[3] == last] = new
+    mine[f"{gate}.indices"] = chosen
+    far = compare.compare(mine, reference, directory=directory)
+    assert far.at == f"{gate}.indices" and "token 3 alone: other experts" in far.text
+    for gap, agrees in ((0, False), (1e-2, False), (1e-6, True)):
+        scores[3, new] = scores[3, last] + bias[last] - bias[new] - gap
+        mine[f"{gate}.scores"], near = np.float32(scores), reference | {f"{gate}.scores": scores}
+        assert compare.compare(mine, near, directory=directory).agrees == agrees
+    for token, agrees in ((3, True), (2, False)):  # tokens after the other experts are not compared
+        mine["lm_head"] = np.float32(reference["lm_head"] + (np.arange(14) >= token)[:, None])
+        assert compare.compare(mine, near, directory=directory).agrees == agrees
+
+
 def test_compare_takes_the_tolerance_of_the_coarsest_dtype():
     reference = trace_of()
     half = {name: x.astype(np.float16) if x.dtype.kind == "f" else x for name, x in reference.items()}
