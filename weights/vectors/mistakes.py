@@ -1051,10 +1051,7 @@ def explained(mine, wrong, at, order, tolerance):
     if not wrong or at not in wrong:
         return 0
     wrong = {name: compare.numbers(wrong[name]) for base in order for name in wrong if compare.split(name)[1] == base}
-    comparison = compare.Comparison(mine, wrong, tolerance, needed=[])
-    if comparison.compare_array(at):
-        return 0
-    verdict = comparison.verdict()
+    verdict = compare.compare(mine, wrong, tolerance, needed=[])
     end = len(order) if verdict.agrees else order.index(compare.split(verdict.at)[1])
     return end if end > order.index(compare.split(at)[1]) else 0
 

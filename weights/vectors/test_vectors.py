@@ -303,6 +303,10 @@ def test_compare_takes_the_tolerance_of_the_coarsest_dtype():
     mixed = half | {"lm_head": half["lm_head"].astype(np.float64)}
     assert compare.compare(mixed, reference).agrees
     assert not compare.compare({name: x.astype(np.float64) for name, x in half.items()}, reference).agrees
+    rms = np.sqrt(np.mean(reference["lm_head"] ** 2))
+    for noise, agrees in ((0.1, True), (0.5, False)):  # bfloat16's own tolerance is 8 times that of float16
+        x = cases.bf16(reference["lm_head"] + noise * rms).view("V2")
+        assert compare.compare(reference | {"lm_head": x}, reference).agrees == agrees
 
 
 def test_compare_reads_npz_and_safetensors(tmp_path, capsys):
