@@ -30,7 +30,7 @@ q_BTHX has the shape (B, T, H, X). A test runs the program and checks them.
     S  positions looked at, S >= T          R  qk_rope_head_dim              G  n_group
     D  hidden_size                          P  R / 2, pairs that rotate      W  vocab_size
     Q  q_lora_rank (the paper's d_c')       V  v_head_dim                    M  B T, all tokens of the call
-    C  kv_lora_rank (d_c)                   J  key heads: H in multi-head    X, Y  any other size
+    C  kv_lora_rank (d_c)                   J  key heads: H in multi-head    X, Y, Z  any other size
     L  C + R, an entry of the cache            attention, 1 in multi-query
 """
 
@@ -193,12 +193,12 @@ def rms_norm(x, weight, eps):
 
 
 def sigmoid(x):
-    """1 / (1 + e^-x), wide, returned in x's dtype; in this form no exponent is positive, so nothing overflows."""
-    x_wide = wide(x)
-    return (xp.exp(xp.minimum(x_wide, 0)) / (1 + xp.exp(-xp.abs(x_wide)))).astype(x.dtype, copy=False)
+    """1 / (1 + e^-x), wide, returned in x's dtype."""
+    with np.errstate(over="ignore"):  # where e^-x is infinite the result is 0, as it should be
+        return (1 / (1 + xp.exp(-wide(x)))).astype(x.dtype, copy=False)
 
 
-def swiglu(x, w, name):
+def swiglu(x, w, name, linear=linear):
     """An MLP: down_proj(silu(gate_proj(x)) * up_proj(x)), silu(z) = z sigmoid(z). x (..., D) -> (..., D)."""
     gate = linear(x, w, f"{name}.gate_proj")
     return linear(gate * sigmoid(gate) * linear(x, w, f"{name}.up_proj"), w, f"{name}.down_proj")
@@ -297,17 +297,16 @@ class Positions(NamedTuple):
 
 
 def positions(token_BT, start_B, cfg, dtype):
-    """The Positions of tokens; token t of row b stands at start_B[b] + t. Angles are float64 until cos and sin: at
-    position 163,839 float32 is off by 5e-3 rad. S reaches to the last position of the longest row."""
+    """The Positions of tokens; token t of row b stands at start_B[b] + t. Angles are float64 until cos and sin (in JAX,
+    if it may): at position 163,839 float32 is off by 5e-3 rad. S reaches to the last position of the longest row."""
     B, T = token_BT.shape
     start_B = np.zeros(B, int) if start_B is None else np.asarray(start_B)
-    pos_BT = start_B[:, None] + np.arange(T)
-    angle_BTP = pos_BT[:, :, None] * rope_frequencies(cfg)
-    cos_BTP, sin_BTP = rope_magnitude(cfg) * np.cos(angle_BTP), rope_magnitude(cfg) * np.sin(angle_BTP)
-    visible_BTS = np.arange(start_B.max() + T) <= pos_BT[:, :, None]
+    pos_BT = xp.asarray(start_B)[:, None] + xp.arange(T)
+    angle_BTP = pos_BT[:, :, None] * xp.asarray(rope_frequencies(cfg))
+    cos_BTP, sin_BTP = rope_magnitude(cfg) * xp.cos(angle_BTP), rope_magnitude(cfg) * xp.sin(angle_BTP)
+    visible_BTS = xp.arange(int(start_B.max()) + T) <= pos_BT[:, :, None]
     row_B1, real_BT = xp.arange(B)[:, None], xp.asarray(token_BT >= 0)
-    phases = xp.asarray(cos_BTP, dtype), xp.asarray(sin_BTP, dtype)
-    return Positions(row_B1, xp.asarray(pos_BT), real_BT, *phases, xp.asarray(visible_BTS))
+    return Positions(row_B1, pos_BT, real_BT, cos_BTP.astype(dtype), sin_BTP.astype(dtype), visible_BTS)
 
 
 def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
@@ -389,11 +388,11 @@ def route(x_BTD, w, name, cfg):
     section 2.1.2) has softmax affinities, no bias, and groups ranked by their best expert.
     """
     affinity = sigmoid if cfg.scoring_func == "sigmoid" else softmax
-    score_BTE = affinity(wide(x_BTD) @ wide(w[f"{name}.gate.weight"]).T)  # eq. (15)
+    score_BTE = affinity(linear(wide(x_BTD), w, f"{name}.gate"))  # eq. (15)
     record(f"{name}.gate.scores", score_BTE)
     choice_BTE, noaux_tc = score_BTE, cfg.topk_method == "noaux_tc"
     if noaux_tc:
-        choice_BTE = score_BTE + wide(w[f"{name}.gate.e_score_correction_bias"])  # eq. (16), in place of (14)
+        choice_BTE = score_BTE + w[f"{name}.gate.e_score_correction_bias"]  # eq. (16), in place of (14)
     if cfg.n_group > 1 and cfg.topk_method != "greedy":
         choice_BTE = keep_best_groups(choice_BTE, 2 if noaux_tc else 1, cfg)
     index_BTK = top_k(choice_BTE, cfg.num_experts_per_tok)
@@ -491,8 +490,9 @@ def block(x_BTD, w, layer, cfg, pos, cache):
     else:
         y_BTD = moe(normed_BTD, w, f"{name}.mlp", cfg, cache)
     record(f"{name}.mlp", y_BTD)
-    record(name, x_BTD + y_BTD)
-    return x_BTD + y_BTD
+    x_BTD = x_BTD + y_BTD
+    record(name, x_BTD)
+    return x_BTD
 
 
 def forward(token_BT, w, cfg, cache=None, start_B=None):
@@ -505,7 +505,7 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
     """
     embedding_WD = w["model.embed_tokens.weight"]
     pos = positions(token_BT, start_B, cfg, embedding_WD.dtype)
-    x_BTD = embedding_WD[xp.asarray(token_BT)]
+    x_BTD = embedding_WD[token_BT]
     record("model.embed_tokens", x_BTD)
     for layer in range(cfg.num_hidden_layers):
         x_BTD = block(x_BTD, w, layer, cfg, pos, cache)
@@ -548,7 +548,7 @@ def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
     layer = cfg.num_hidden_layers + k - 1
     name = f"model.layers.{layer}"
     pos = positions(token_BT, start_B, cfg, h_BTD.dtype)
-    embedded_BTD = w["model.embed_tokens.weight"][xp.asarray(token_BT)]
+    embedded_BTD = w["model.embed_tokens.weight"][token_BT]
     embedded_BTD = rms_norm(embedded_BTD, w[f"{name}.enorm.weight"], cfg.rms_norm_eps)
     state_BTD = rms_norm(h_BTD, w[f"{name}.hnorm.weight"], cfg.rms_norm_eps)
     x_BTD = linear(xp.concatenate([embedded_BTD, state_BTD], axis=-1), w, f"{name}.eh_proj")  # eq. (21)
@@ -614,8 +614,7 @@ class Cache:
         """Write the tokens at their positions, padding as 0 -> all entries up to the last position, (B, S, L)."""
         if layer not in self.layers:
             self.layers[layer] = xp.zeros((self.batch, self.capacity, kv_BTL.shape[-1]), kv_BTL.dtype)
-        kv_BTL = xp.where(pos.real_BT[:, :, None], kv_BTL, xp.zeros((), kv_BTL.dtype))
-        self.layers[layer][pos.row_B1, pos.pos_BT] = kv_BTL
+        self.layers[layer][pos.row_B1, pos.pos_BT] = xp.where(pos.real_BT[:, :, None], kv_BTL, 0)
         return self.layers[layer][:, : pos.visible_BTS.shape[2]]
 
 
@@ -631,9 +630,9 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     w_uk_HNC, w_uv_HVC = up_HXC[:, : cfg.qk_nope_head_dim], up_HXC[:, cfg.qk_nope_head_dim :]
     q_BTHC = per_head(q_nope_BTHN, w_uk_HNC)  # W_UK^T q
     q_BTHL = xp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
-    k_BSJL = kv_BSL[:, :, None]  # one key for all heads: J = 1
-    o_BTHC = attend(q_BTHL, k_BSJL, k_BSJL[..., : cfg.kv_lora_rank], visible_BTS, softmax_scale(cfg))
-    return per_head(o_BTHC, w_uv_HVC.swapaxes(1, 2))  # W_UV o
+    k_BSJL = wide(kv_BSL)[:, :, None]  # one key for all heads: J = 1
+    o_BTHL = attend(q_BTHL, k_BSJL, k_BSJL, visible_BTS, softmax_scale(cfg))  # of values [c ; k_R]: a slice is copied
+    return per_head(o_BTHL[..., : cfg.kv_lora_rank], w_uv_HVC.swapaxes(1, 2))  # W_UV o
 
 
 def per_head(x_BTHX, w_HXY):
@@ -660,24 +659,25 @@ SCORES, QUERIES = 2**18, 256  # scores held at a time, as many as fit a core's c
 def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     """= attention, a few heads and queries at a time, so that only few scores are held.
 
-    The T H / J queries that share a key head meet it in one product. Scores are overwritten by their exponentials; the
-    division by their sum comes last, after the product with the values, as that is linear.
+    The queries that share a key head meet it in one product. Scores are overwritten by their exponentials; the division
+    by their sum comes last, after the product with the values, as that is linear.
     """
     (B, T, H, X), (S, J, Y) = q_BTHX.shape, v_BSJY.shape[1:]
     shared = H // J
-    q = (wide(q_BTHX) * scale).reshape(B, T, J, shared, X).swapaxes(1, 2).reshape(B, J, T * shared, X)
-    k, v, out = wide(k_BSJX).swapaxes(1, 2), wide(v_BSJY).swapaxes(1, 2), xp.empty((B, J, T * shared, Y), q.dtype)
+    q = (wide(q_BTHX) * scale).reshape(B, T, J, shared, X).swapaxes(1, 2)
+    k, v, out = wide(k_BSJX).swapaxes(1, 2), wide(v_BSJY).swapaxes(1, 2), xp.empty((B, J, T, shared, Y), q.dtype)
     limit = SCORES if xp is np else 256 * SCORES  # a GPU wants large calls
-    for rows in slices(T * shared, max(QUERIES, limit // (B * J * S))):
-        hidden = ~visible_BTS[:, None, xp.arange(rows.start, rows.stop) // shared]
-        for heads in slices(J, max(1, limit // (B * (rows.stop - rows.start) * S))):
-            score = product(q[:, heads, rows], k[:, heads])
-            xp.copyto(score, -xp.inf, where=hidden)
+    for rows in slices(T, max(1, QUERIES // shared, limit // (B * H * S))):
+        for heads in slices(J, max(1, limit // (B * (rows.stop - rows.start) * shared * S))):
+            part = q[:, heads, rows]
+            score = product(part.reshape(*part.shape[:2], -1, X), k[:, heads])
+            if B * T > 1:  # one query alone is the last token, and sees all
+                xp.copyto(score.reshape(*part.shape[:4], S), -xp.inf, where=~visible_BTS[:, None, rows, None])
             score -= xp.max(score, axis=-1, keepdims=True)
             xp.exp(score, out=score)
-            out[:, heads, rows] = (score @ v[:, heads]) / xp.sum(score, axis=-1, keepdims=True)
-    out = out.reshape(B, J, T, shared, Y).swapaxes(1, 2).reshape(B, T, H, Y)
-    return out.astype(q_BTHX.dtype, copy=False)
+            o = (score @ v[:, heads]) / xp.sum(score, axis=-1, keepdims=True)
+            out[:, heads, rows] = o.reshape(*part.shape[:4], Y)
+    return out.swapaxes(1, 2).reshape(B, T, H, Y).astype(q_BTHX.dtype, copy=False)
 
 
 def slices(n, step):
@@ -685,38 +685,60 @@ def slices(n, step):
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-GATHERED = 2**28  # at most so many elements are gathered, of each of the three kinds of matrix
-
-
 def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """= moe_all, which adds 0 for all others: each chosen expert sees only the tokens that chose it."""
-    copied = index_BTK.size * cfg.hidden_size * cfg.moe_intermediate_size
-    if copied <= GATHERED and f"{name}.experts.gate_proj.weight" in w:
-        return moe_gathered(x_BTD, w, name, index_BTK, gate_BTK)
-    x_MD, index_X = x_BTD.reshape(-1, x_BTD.shape[-1]), to_host(index_BTK).ravel()  # X = M K choices
-    if len(x_MD) == 1:  # nothing to sort
-        gates = gate_BTK.astype(x_BTD.dtype).ravel()
-        return sum(gate * swiglu(x_BTD, w, f"{name}.experts.{e}") for e, gate in zip(index_X, gates, strict=True))
-    order_X = np.argsort(index_X, kind="stable")  # the choices by expert
-    end_E = np.cumsum(np.bincount(index_X, minlength=cfg.n_routed_experts))
-    row_X = xp.asarray(order_X // index_BTK.shape[-1])
-    gate_X = gate_BTK.astype(x_BTD.dtype).ravel()[xp.asarray(order_X)]
-    y_MD = xp.zeros_like(x_MD)
-    for e in np.unique(index_X):
-        part = slice(end_E[e - 1] if e else 0, end_E[e])  # no row twice: no token chooses an expert twice
-        y_MD[row_X[part]] += gate_X[part, None] * swiglu(x_MD[row_X[part]], w, f"{name}.experts.{e}")
-    return y_MD.reshape(x_BTD.shape)
+    K, index_X = cfg.num_experts_per_tok, index_BTK.ravel()  # X = M K choices
+    x_MD, gate_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), gate_BTK.reshape(-1, K).astype(x_BTD.dtype, copy=False)
+    if len(x_MD) <= FEW and f"{name}.experts.gate_proj.weight" in w:
+        y_XD = swiglu(x_MD, w, f"{name}.experts", functools.partial(linear_chosen, index_X))
+    else:
+        order_X = xp.argsort(index_X, kind="stable")  # the choices by expert
+        load_E = to_host(expert_load(index_BTK, cfg))
+        by_expert = functools.partial(linear_by_expert, load_E)
+        y_XD = swiglu(x_MD[order_X // K], w, f"{name}.experts", by_expert)[xp.argsort(order_X, kind="stable")]
+    return (gate_MK[:, None] @ y_XD.reshape(*gate_MK.shape, -1)).reshape(x_BTD.shape)
 
 
-def moe_gathered(x_BTD, w, name, index_BTK, gate_BTK):
-    """= moe_computed for few tokens, where a layer's experts lie in one array (as section 9 lays them on a GPU): those
-    chosen are copied side by side. A few large calls, and the host need not wait for a GPU to learn which they are."""
-    x_MD, index_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), index_BTK.reshape(-1, index_BTK.shape[-1])
-    up, gate, down = (w[f"{name}.experts.{part}_proj.weight"][index_MK] for part in ("up", "gate", "down"))
-    a = gate @ x_MD[:, None, :, None]
-    y_MKD = (down @ (a * sigmoid(a) * (up @ x_MD[:, None, :, None])))[..., 0]
-    gate_MK = gate_BTK.reshape(index_MK.shape).astype(x_BTD.dtype)
-    return xp.sum(gate_MK[..., None] * y_MKD, axis=1).reshape(x_BTD.shape)
+def linear_by_expert(load_E, x_XY, w, name):
+    """`linear` with the matrix of each row's expert, for rows in the order of experts, load_E[e] of each."""
+    end_E = np.cumsum(load_E)
+    return xp.concatenate([
+        linear(x_XY[end_E[e] - load_E[e] : end_E[e]], w, name.replace(".experts.", f".experts.{e}."))
+        for e in np.flatnonzero(load_E)
+    ])  # fmt: skip
+
+
+FEW = 16  # tokens up to which a GPU reads each choice's expert anew, and the host need not wait to learn which
+
+
+def linear_chosen(index_X, x, w, name):
+    """`linear` with the matrix of each choice's expert, on a GPU, where a layer's experts lie in one array (section 9
+    lays them so) and are read as they lie. x: a row for each choice, or for each token, then that of its K choices."""
+    w_EZY = w[f"{name}.weight"]
+    Z, Y = w_EZY.shape[1:]
+    out_XZ = xp.empty((len(index_X), Z), x.dtype)
+    args = x, w_EZY, index_X, out_XZ, Z, Y, len(index_X) // len(x)
+    chosen_kernel(x.dtype)((-(-Z // 4), len(index_X)), (32, 4), args)  # a block: 4 warps, one for each element
+    return out_XZ
+
+
+@functools.cache
+def chosen_kernel(dtype):
+    """out[c, z] = sum over y of w[index[c], z, y] x[c // share, y], each added up by a warp of 32 threads."""
+    real = {"float16": "__half", "float32": "float", "float64": "double"}[dtype.name]
+    return xp.RawKernel(f"""
+        #include <cuda_fp16.h>
+        typedef {real} real; typedef {"double" if real == "double" else "float"} wide;
+        extern "C" __global__ void chosen(const real* x, const real* w, const long long* index, real* out,
+                                          long long Z, long long Y, long long share) {{
+            const long long c = blockIdx.y, z = blockIdx.x * 4 + threadIdx.y;
+            if (z >= Z) return;
+            const real *row = w + (index[c] * Z + z) * Y, *column = x + c / share * Y;
+            wide sum = 0;
+            for (long long y = threadIdx.x; y < Y; y += 32) sum += wide(row[y]) * wide(column[y]);
+            for (int half = 16; half; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
+            if (threadIdx.x == 0) out[c * Z + z] = sum;
+        }}""", "chosen")  # fmt: skip
 
 
 class Matrix:
@@ -733,7 +755,7 @@ class Matrix:
         return self.times(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def __getitem__(self, ids):
-        return self.array[ids]
+        return self.array[xp.asarray(ids)]
 
     def reshape(self, *shape):
         return self.whole().reshape(*shape)
@@ -751,13 +773,13 @@ ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by
 def product(x, w):
     """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
     x and a w larger than a core's cache go as (W x^T)^T; up to 4 rows and a w that BLAS leaves to one core, as dot
-    products, which stream it faster."""
+    products, which stream it faster. CuPy copies what is transposed if axes are more than two: let that be x."""
     M, size = x.shape[-2], w.shape[-2] * w.shape[-1]
-    if xp is not np or M > 192 or size <= 2**17:
-        return x @ w.swapaxes(-1, -2)
-    if M <= 4 and size <= ONE_CORE:
+    if xp is np and M <= 4 and 2**17 < size <= ONE_CORE:
         return np.vecdot(w[..., None, :, :], x[..., None, :])
-    return (w @ x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    if (M <= 192 and size > 2**17) if xp is np else (x.ndim > 2 and x.size < w.size):
+        return (w @ x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return x @ w.swapaxes(-1, -2)
 
 
 # ==== Part III. The program =========================================================================================
@@ -1045,7 +1067,7 @@ class Checkpoint:
         if name in self.loaded:
             return self.loaded[name]
         stored = self.stored[name]
-        is_matrix = len(stored.shape) == 2 and ".mlp.gate." not in name
+        is_matrix = len(stored.shape) == 2
         if xp is np and STORED[stored.kind] == stored.dtype.str:  # nothing to decode: it stays mapped
             found = stored.array
         elif is_matrix and math.prod(stored.shape) * stored.dtype.itemsize > self.room:
@@ -1058,7 +1080,7 @@ class Checkpoint:
 
     def stack_experts(self):
         """Lay all experts' matrices of one kind and layer in one array, {layer}.mlp.experts.{part}_proj.weight, for
-        `moe_gathered`; by their own names they become views of it."""
+        `linear_chosen`; by their own names they become views of it."""
         for first in [name for name in self.shapes if ".experts.0." in name]:
             names = [first.replace(".experts.0.", f".experts.{e}.") for e in range(self.cfg.n_routed_experts)]
             stack = xp.stack([self[name].whole() for name in names])
@@ -1101,12 +1123,19 @@ def distribution(logits_W, sampling):
     with np.errstate(over="ignore"):  # a tiny temperature: e^-inf is the 0 it should be
         p_W = np.exp((logits_W - logits_W.max()) / sampling.temperature)
     p_W /= p_W.sum()
-    if sampling.top_k or sampling.top_p < 1:
-        order_W = np.argsort(-p_W, kind="stable")
-        p_W[order_W[sampling.top_k or p_W.size :]] = 0
-        reached_W = np.cumsum(p_W[order_W]) / p_W.sum()
-        p_W[order_W[np.searchsorted(reached_W, sampling.top_p) + 1 :]] = 0
+    if 0 < sampling.top_k < p_W.size:
+        least = np.partition(p_W, -sampling.top_k)[-sampling.top_k]
+        equal = np.flatnonzero(p_W == least)
+        p_W[equal[sampling.top_k - np.sum(p_W > least) :]] = 0
+        p_W[p_W < least] = 0
         p_W /= p_W.sum()
+    if sampling.top_p < 1:
+        likely = np.flatnonzero(p_W >= (1 - sampling.top_p) / p_W.size)  # the others together reach less than 1 - top_p
+        likely = likely[np.argsort(-p_W[likely], kind="stable")]
+        likely = likely[: np.searchsorted(np.cumsum(p_W[likely]), sampling.top_p) + 1]
+        kept_W = np.zeros_like(p_W)
+        kept_W[likely] = p_W[likely]
+        p_W = kept_W / kept_W.sum()
     return p_W
 
 

@@ -2,13 +2,17 @@
 
 `Strict` stands in for CuPy: NumPy's numbers, but only the names and parameters of CuPy 14.2 (cupy_api.json, taken from
 the real package), no host array that meets a device array, no order of equal keys that CuPy leaves open. Stricter than
-CuPy, which lets np.exp(a), a[[0]] and a[host_ids] through: they upload or dispatch unseen. What passes here with the
-same bits asks nothing of CuPy that it lacks; what a GPU does beyond that, `python -m pytest -m gpu -s` shows on one.
+CuPy, which lets np.exp(a) and a[[0]] through: they upload or dispatch unseen. What passes here with the same bits asks
+nothing of CuPy that it lacks; what a GPU does beyond that, `python -m pytest -m gpu -s` shows on one.
 """
 
+import ctypes
 import itertools
 import json
+import math
 import operator
+import shutil
+import subprocess
 import types
 from collections import Counter
 from dataclasses import replace
@@ -40,7 +44,8 @@ class Device:
     """A device array: meets no host array, becomes none unless by `get`, and has the members of CuPy's alone.
 
     `traffic` counts what a GPU does: launches of kernels (one per call that makes new values; views are free), bytes
-    that products copy beside reading their operands, uploads and their bytes, and waits of the host for the device.
+    that are only moved (by gathers, joins, casts, and by products before they begin), uploads and their bytes, and
+    waits of the host for the device.
     With `jitter`, a random generator, what a GPU adds up in an order of its own differs in the last bits.
     """
 
@@ -137,8 +142,12 @@ def to_host(value):
 
 
 def to_index(index):
+    """An index for NumPy. CuPy takes integers that lie on the host, and uploads them."""
+    if isinstance(index, np.ndarray) and index.dtype.kind == "i":
+        Device.traffic.update(uploads=1, uploaded=index.nbytes)
+        return index
     for part in index if isinstance(index, tuple) else (index,):
-        if isinstance(part, (list, np.ndarray)):
+        if isinstance(part, list):
             raise TypeError("an index that uploads")
         if isinstance(part, Device) and part.host.dtype == bool:
             Device.traffic["waits"] += 1  # for how many are true
@@ -150,9 +159,12 @@ def counted(name, value, *operands):
     if not isinstance(value, (np.ndarray, np.generic)):
         return value
     arrays = [x.host for x in operands if isinstance(x, Device)]
-    Device.traffic["launches"] += not any(np.may_share_memory(value, x) for x in arrays)
+    launched = name != "empty" and not any(np.may_share_memory(value, x) for x in arrays)
+    Device.traffic["launches"] += launched
     if name == "matmul":
         Device.traffic["copied"] += sum(copied(x, max(y.ndim for y in arrays)) for x in arrays)
+    if name in ("getitem", "take", "astype", "reshape", "repeat", "concatenate", "stack"):
+        Device.traffic["copied"] += launched * value.nbytes
     if Device.jitter and value.dtype.kind == "f" and name in ("matmul", "sum", "mean", "einsum", "exp", "log", "sqrt"):
         noise = Device.jitter.uniform(-1, 1, value.shape) * np.finfo(value.dtype).eps
         value = np.asarray(value * (1 + noise), value.dtype)
@@ -200,6 +212,19 @@ class Strict:
         self.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(memGetInfo=lambda: (free, 2**40)))
         self.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 0)
 
+    def RawKernel(self, source, name):
+        """The page's one kernel, by what it means."""
+
+        def launch(grid, block, args):
+            x, w, index, out = map(to_host, args[:4])
+            assert args[4:6] == w.shape[1:] and args[6] == len(index) / len(x)
+            assert out.dtype == x.dtype == w.dtype and index.dtype == np.int64
+            assert all(a.flags.c_contiguous for a in (x, w, index, out))
+            out[...] = plain_chosen(index, x, {".weight": w}, "")
+            Device.traffic["launches"] += 1
+
+        return launch
+
     def __getattr__(self, name):
         if name.startswith("_") or name not in API["names"]:
             raise AttributeError(f"cupy has no {name}")
@@ -215,6 +240,11 @@ def device(monkeypatch):
     return Device.traffic
 
 
+def plain_chosen(index_X, x, w, name):
+    """`linear_chosen`, for NumPy."""
+    return (w[f"{name}.weight"][index_X] @ np.repeat(x, len(index_X) // len(x), axis=0)[:, :, None])[..., 0]
+
+
 # ---- The stand-in is as strict as CuPy -----------------------------------------------------------------------------
 
 
@@ -223,7 +253,7 @@ def device(monkeypatch):
     lambda xp, a: xp.exp(np.ones(3)), lambda xp, a: xp.concatenate([a, np.ones(3)]), lambda xp, a: xp.vecdot(a, a),
     lambda xp, a: xp.argsort(a), lambda xp, a: xp.argpartition(a, 1), lambda xp, a: xp.argsort(a, stable=True),
     lambda xp, a: xp.sum(a, where=a > 0), lambda xp, a: xp.take(a, 0, mode="clip"), lambda xp, a: xp.max(a, initial=0),
-    lambda xp, a: xp.clip(a, min=0), lambda xp, a: a[np.array([0])], lambda xp, a: a[[0]], lambda xp, a: a.ctypes,
+    lambda xp, a: xp.clip(a, min=0), lambda xp, a: a[np.array([True])], lambda xp, a: a[[0]], lambda xp, a: a.ctypes,
     lambda xp, a: a.__setitem__(xp.asarray(np.array([0, 0])), 1.0), lambda xp, a: a.__setitem__(0, np.ones(())),
     lambda xp, a: a.__iadd__(np.ones(3)), lambda xp, a: xp.errstate, lambda xp, a: range(xp.asarray(3)),
 ])  # fmt: skip
@@ -236,7 +266,9 @@ def test_stand_in_refuses_what_cupy_refuses(breach):
 @pytest.mark.parametrize("counts, call", [
     ({"uploads": 1, "uploaded": 8}, lambda xp, a: xp.asarray(np.ones(1))),
     ({}, lambda xp, a: a[:1].swapaxes(1, 2).reshape(1, 4, 3)[..., None]),
-    ({"launches": 2}, lambda xp, a: a[xp.arange(1)]),
+    ({"launches": 2, "copied": 96}, lambda xp, a: a[xp.arange(1)]),
+    ({"launches": 1, "copied": 96, "uploads": 1, "uploaded": 8}, lambda xp, a: a[np.array([0])]),
+    ({}, lambda xp, a: xp.empty(3)),
     ({"launches": 2}, lambda xp, a: a.__iadd__(a * 2)),
     ({"waits": 1}, lambda xp, a: a.get()),
     ({"launches": 2, "waits": 1}, lambda xp, a: bool((a == a).all())),
@@ -244,7 +276,7 @@ def test_stand_in_refuses_what_cupy_refuses(breach):
     ({"launches": 1, "copied": 192}, lambda xp, a: a @ a.swapaxes(1, 2)),
     ({"launches": 1}, lambda xp, a: a[0] @ a[1].T),
     ({"launches": 1, "copied": 48}, lambda xp, a: a[0, :, :2] @ a[0, :2]),
-    ({"launches": 3, "copied": 192}, lambda xp, a: a.astype(np.float16) @ a.astype(np.float16).swapaxes(1, 2)),
+    ({"launches": 3, "copied": 288}, lambda xp, a: a.astype(np.float16) @ a.astype(np.float16).swapaxes(1, 2)),
 ])  # fmt: skip
 def test_stand_in_counts_what_a_gpu_does(device, counts, call):
     a = dsv3.xp.asarray(np.arange(24.0).reshape(2, 3, 4))
@@ -278,14 +310,71 @@ def test_cupys_rules_leave_numpys_bits(tmp_path, monkeypatch, name, memory, dtyp
     if name == "fp8":
         cfg, prompts = replace(SMALL, vocab_size=4, num_nextn_predict_layers=1), [[1, 2, 3, 0, 1], [3]]
         directory = write_stored(tmp_path / "w", cfg, quantised(make_weights(cfg)))
+    chosen = dsv3.linear_chosen
     monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.swapaxes(-1, -2))  # NumPy has forms of its own
+    monkeypatch.setattr(dsv3, "linear_chosen", plain_chosen)
     expected = everything(directory, cfg, prompts, dtype, memory)
+    monkeypatch.setattr(dsv3, "linear_chosen", chosen)
     monkeypatch.setattr(dsv3, "xp", Strict())
     got = everything(directory, cfg, prompts, dtype, memory)
     assert expected[1:] == got[1:] and expected[2] > 0
     for ours, theirs in zip(got[0], expected[0], strict=True):
         for array, x in theirs.items():
             assert isinstance(ours[array], np.ndarray) and ours[array].tobytes() == x.tobytes(), array
+
+
+WARP = r"""
+#include <barrier>
+#include <thread>
+#include <vector>
+struct Index { long long x, y; };
+thread_local Index blockIdx, threadIdx;
+std::barrier lanes(32);
+double lane[32];
+template <class T> T __shfl_down_sync(unsigned, T value, int by) {
+    lane[threadIdx.x] = value;
+    lanes.arrive_and_wait();
+    T other = threadIdx.x + by < 32 ? T(lane[threadIdx.x + by]) : value;
+    lanes.arrive_and_wait();
+    return other;
+}
+#define __global__
+KERNEL
+extern "C" void launch(long long columns, long long rows, const real* x, const real* w, const long long* index,
+                       real* out, long long Z, long long Y, long long share) {
+    for (Index block{0, 0}; block.y < rows; block.y++)
+        for (block.x = 0; block.x < columns; block.x++)
+            for (long long y = 0; y < 4; y++) {
+                std::vector<std::thread> warp;
+                for (long long x_ = 0; x_ < 32; x_++) warp.emplace_back([=] {
+                    blockIdx = block, threadIdx = {x_, y};
+                    chosen(x, w, index, out, Z, Y, share);
+                });
+                for (auto& thread : warp) thread.join();
+            }
+}
+"""  # a GPU's warp, by 32 threads that meet at each exchange
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiles the kernel for the CPU, with g++")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_kernel_is_what_the_stand_in_takes_it_for(tmp_path, monkeypatch, dtype):
+    """Its source, run by threads on the CPU, for sizes that fill no block and no warp."""
+    monkeypatch.setattr(dsv3, "xp", types.SimpleNamespace(RawKernel=lambda source, name: source))
+    (tmp_path / "cuda_fp16.h").write_text("typedef _Float16 __half;")
+    source = dsv3.chosen_kernel.__wrapped__(np.dtype(dtype))
+    (tmp_path / "warp.cpp").write_text(WARP.replace("KERNEL", source))
+    build = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I.", "warp.cpp", "-o", "warp.so"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    launch = ctypes.CDLL(str(tmp_path / "warp.so")).launch
+    rng = np.random.default_rng(0)
+    for share, (E, Z, Y) in ((1, (3, 6, 70)), (2, (4, 5, 31)), (2, (1, 4, 32))):
+        w, x = rng.standard_normal((E, Z, Y)).astype(dtype), rng.standard_normal((3, Y)).astype(dtype)
+        index, out = rng.integers(0, E, 3 * share), np.full((3 * share, Z), np.nan, dtype)
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (x, w, index, out)]
+        launch(*map(ctypes.c_longlong, (-(-Z // 4), len(index))), *pointers, *map(ctypes.c_longlong, (Z, Y, share)))
+        expected = (w.astype(float)[index] @ np.repeat(x, share, axis=0).astype(float)[:, :, None])[..., 0]
+        assert np.abs(out - expected).max() < 30 * np.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("check", GPU_CHECKS)
@@ -308,6 +397,92 @@ def test_decoding_waits_little_and_uploads_no_weights(device, speculate, batch):
     print({name: round(count / rounds) for name, count in spent.items()}, "per token")
     assert 0 < spent["waits"] <= (1.3 if speculate else 1) * rounds
     assert spent["uploads"] <= 12 * rounds and spent["uploaded"] <= 1000 * batch * rounds
+
+
+TINY = dict(vocab_size=64, hidden_size=64, num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=8, intermediate_size=64, moe_intermediate_size=8)  # fmt: skip
+EIGHTH = dict(vocab_size=64, hidden_size=896, num_hidden_layers=2, first_k_dense_replace=0, num_attention_heads=16,
+              q_lora_rank=192, kv_lora_rank=64, qk_nope_head_dim=128, qk_rope_head_dim=8, v_head_dim=128,
+              moe_intermediate_size=256, n_routed_experts=32, num_nextn_predict_layers=0)  # fmt: skip
+
+
+def on_the_device(cfg, dtype):
+    """Weights as a Checkpoint lays them on a GPU, all of them the same numbers."""
+    most = cfg.n_routed_experts * cfg.hidden_size * cfg.moe_intermediate_size
+    numbers, w = (np.random.default_rng(0).standard_normal(most) / 30).astype(dtype), {}
+
+    def layout(shape, dtype=dtype):
+        return Device(numbers[: math.prod(shape)].reshape(shape).astype(dtype, copy=False))
+
+    for name, shape in dsv3.tensor_shapes(cfg).items():
+        x = layout(shape, np.float32 if ".mlp.gate." in name else dtype)
+        w[name] = dsv3.Matrix(x) if len(shape) == 2 else x
+        if ".experts.0." in name:
+            w[name.replace(".experts.0.", ".experts.")] = layout((cfg.n_routed_experts, *shape))
+    return w
+
+
+def decoded(cfg, w, batch, context):
+    """One token for each row, after `context` others, as `generate` decodes it."""
+    cache = dsv3.Cache(batch, context + 100)
+    h = dsv3.forward_in_chunks(np.full((batch, 1), 3), w, cfg, cache, np.full(batch, context), dsv3.CHUNK)
+    return dsv3.logits_from([0] * batch, 1, h, w, cfg)
+
+
+@pytest.mark.parametrize("batch, context", [*itertools.product([1, 3, 8], [128, 2048])])
+def test_launches_and_traffic_of_a_token_with_v3s_structure(device, batch, context):
+    """61 layers, 8 of 256 experts; the widths are tiny, as they change no count."""
+    cfg = dsv3.Config(**TINY)
+    w = on_the_device(cfg, np.float32)
+    device.clear()
+    decoded(cfg, w, batch, context)
+    print(dict(device))
+    assert device["launches"] <= 6300 and device["waits"] == 1
+    assert device["uploads"] <= 6 and device["uploaded"] <= 1000
+
+
+def test_launches_and_uploads_of_a_chunk_with_v3s_structure(device, monkeypatch):
+    """1,024 tokens at 61 layers, of which each of the 256 experts has its share."""
+    cfg = dsv3.Config(**TINY)
+    w, even, route = on_the_device(cfg, np.float32), np.arange(8 * 1024).reshape(1, 1024, 8) % 256, dsv3.route
+    even = dsv3.xp.asarray(even)
+    monkeypatch.setattr(dsv3, "route", lambda *given: (even, route(*given)[1]))
+    device.clear()
+    dsv3.forward_in_chunks(np.full((1, 1024), 3), w, cfg, dsv3.Cache(1, 1024), np.zeros(1, int), 1024)
+    print(dict(device))
+    assert device["launches"] <= 60_000 and device["uploads"] <= 100 and device["waits"] <= 61
+
+
+@pytest.mark.parametrize("tokens", [1, 8, dsv3.FEW, dsv3.FEW + 1])
+def test_chosen_experts_are_read_where_they_lie(device, shipped, tokens):
+    """= the definition, with one call for each kind of matrix up to FEW tokens, whatever they chose."""
+    cfg, name = shipped.cfg, "model.layers.1.mlp"
+    w = dsv3.Checkpoint(WEIGHTS, cfg)
+    x = dsv3.xp.asarray(np.random.default_rng(0).standard_normal((1, tokens, cfg.hidden_size)).astype(np.float32))
+    given = x, w, name, *dsv3.route(x, w, name, cfg), cfg
+    expected = dsv3.moe_all(*given).get()
+    device.clear()
+    got = dsv3.moe_computed(*given)
+    assert (device["waits"] == 0) == (tokens <= dsv3.FEW)
+    assert np.abs(got.get() - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("batch, context", [*itertools.product([1, 3, 8], [128, 4096])])
+def test_a_token_moves_little_beside_weights_and_cache(device, batch, context, dtype):
+    """In layers of an eighth of V3's widths (the heads are fewer, not narrower: so kv_b_proj keeps its share), where
+    4,096 tokens are to the weights what 32,768 are to V3's."""
+    cfg = dsv3.Config(**EIGHTH)
+    w = on_the_device(cfg, dtype)
+    device.clear()
+    decoded(cfg, w, batch, context)
+    chosen = 3 * cfg.hidden_size * cfg.moe_intermediate_size
+    weights = sum(math.prod(s) for name, s in dsv3.tensor_shapes(cfg).items() if ".experts." not in name)
+    weights += cfg.num_hidden_layers * batch * cfg.num_experts_per_tok * chosen
+    cache = cfg.num_hidden_layers * batch * context * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    share = device["copied"] / ((weights + cache) * np.dtype(dtype).itemsize)
+    print(f"{share:.3f} of weights and cache are moved, the cache is {cache / (weights + cache):.3f} of them")
+    assert share <= 0.15
 
 
 def test_no_result_hangs_on_the_last_bits(device, shipped, monkeypatch):
