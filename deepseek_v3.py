@@ -717,7 +717,7 @@ def linear_chosen(index_X, x, w, name):
     w_EZY = w[f"{name}.weight"]
     Z, Y = w_EZY.shape[1:]
     out_XZ = xp.empty((len(index_X), Z), x.dtype)
-    args = x, w_EZY, index_X, out_XZ, Z, Y, len(index_X) // len(x)
+    args = x, w_EZY, index_X, out_XZ, *map(np.int64, (Z, Y, len(index_X) // len(x)))
     chosen_kernel(x.dtype)((-(-Z // 4), len(index_X)), (32, 4), args)  # a block: 4 warps, one for each element
     return out_XZ
 

@@ -39,9 +39,9 @@ import deepseek_v3 as dsv3  # noqa: E402
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # ids 0 and 1, as in the release
 MODEL = dsv3.Config(
-    vocab_size=2048, hidden_size=192, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=2048, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
     q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=48,
-    intermediate_size=512, first_k_dense_replace=1, moe_intermediate_size=48, n_shared_experts=1,
+    intermediate_size=512, first_k_dense_replace=1, moe_intermediate_size=64, n_shared_experts=1,
     n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5,
     rope_scaling=dsv3.Yarn(factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0),
     max_position_embeddings=1024, num_nextn_predict_layers=1,
@@ -52,7 +52,7 @@ MUON, ADAM = 7.5e-3, 2.5e-3  # peak learning rates: of the matrices, and of embe
 NEWTON_SCHULZ = 5 * ((3.4445, -4.7750, 2.0315),)  # Muon's usual; given five times, optax loops, which compiles sooner
 WARMUP, DECAY_FROM, FLOOR = 100, 0.6, 0.02  # steps; share of the steps; share of the peak that is left at the end
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # of the matrices; the gradient norm that is clipped to
-GAMMA, GAMMA_UNTIL = 0.001, 0.9  # speed of the bias update, and the share of the steps after which it is frozen
+GAMMA, GAMMA_UNTIL = 0.005, 0.9  # speed of the bias update, and the share of the steps after which it is frozen
 ALPHA = 0.0001  # weight of the sequence-wise balance loss
 LAMBDA, LAMBDA_LATE = 0.3, 0.1  # weight of the MTP loss, before and in the decay
 VALIDATION = 0.02  # the last stories, never trained on
