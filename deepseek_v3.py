@@ -596,7 +596,8 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 # ---- 8. What generation runs: latent cache, absorption, chosen experts, products -----------------------------------
 # The same model, where a cache is given. Each piece says why it is equal to its definition in part I. A port needs
-# `Cache`, `mla_absorbed` (with `attention` and an einsum) and `moe_computed`; the rest is for speed or memory.
+# `Cache`, `mla_absorbed` (with `attention` and an einsum) and `moe_computed` (its second branch); the rest is for speed
+# or memory.
 
 
 class Cache:
@@ -631,7 +632,7 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     q_BTHC = per_head(q_nope_BTHN, w_uk_HNC)  # W_UK^T q
     q_BTHL = xp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
     k_BSJL = wide(kv_BSL)[:, :, None]  # one key for all heads: J = 1
-    o_BTHL = attend(q_BTHL, k_BSJL, k_BSJL, visible_BTS, softmax_scale(cfg))  # of values [c ; k_R]: a slice is copied
+    o_BTHL = attend(q_BTHL, k_BSJL, k_BSJL, visible_BTS, softmax_scale(cfg))  # values [c ; k_R]: CuPy copies a slice
     return per_head(o_BTHL[..., : cfg.kv_lora_rank], w_uv_HVC.swapaxes(1, 2))  # W_UV o
 
 
@@ -653,7 +654,8 @@ def mla_computed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
 
 
 EXPANDED = 2**29  # at most so many elements of expanded keys and values
-SCORES, QUERIES = 2**18, 256  # scores held at a time, as many as fit a core's cache; but never fewer queries than this
+SCORES = 2**18  # held at a time, as many as fit a core's cache
+QUERIES = 256  # at least about so many (tokens times heads of one key) at a time, however many scores that makes
 
 
 def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
@@ -695,7 +697,8 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
         order_X = xp.argsort(index_X, kind="stable")  # the choices by expert
         load_E = to_host(expert_load(index_BTK, cfg))
         by_expert = functools.partial(linear_by_expert, load_E)
-        y_XD = swiglu(x_MD[order_X // K], w, f"{name}.experts", by_expert)[xp.argsort(order_X, kind="stable")]
+        y_XD = swiglu(x_MD[order_X // K], w, f"{name}.experts", by_expert)
+        y_XD = y_XD[xp.argsort(order_X, kind="stable")]  # back in the order of choices
     return (gate_MK[:, None] @ y_XD.reshape(*gate_MK.shape, -1)).reshape(x_BTD.shape)
 
 
@@ -708,23 +711,23 @@ def linear_by_expert(load_E, x_XY, w, name):
     ])  # fmt: skip
 
 
-FEW = 16  # tokens up to which a GPU reads each choice's expert anew, and the host need not wait to learn which
+FEW = 16  # tokens up to which a GPU reads a matrix once per choice: so the host need not wait to learn the choices
 
 
 def linear_chosen(index_X, x, w, name):
     """`linear` with the matrix of each choice's expert, on a GPU, where a layer's experts lie in one array (section 9
-    lays them so) and are read as they lie. x: a row for each choice, or for each token, then that of its K choices."""
+    lays them so) and are read as they lie. x has one row per choice, or one per token, which its K choices share."""
     w_EZY = w[f"{name}.weight"]
     Z, Y = w_EZY.shape[1:]
     out_XZ = xp.empty((len(index_X), Z), x.dtype)
     args = x, w_EZY, index_X, out_XZ, *map(np.int64, (Z, Y, len(index_X) // len(x)))
-    chosen_kernel(x.dtype)((-(-Z // 4), len(index_X)), (32, 4), args)  # a block: 4 warps, one for each element
+    chosen_kernel(x.dtype)((-(-Z // 4), len(index_X)), (32, 4), args)  # a block is 4 warps: 4 elements of out
     return out_XZ
 
 
 @functools.cache
 def chosen_kernel(dtype):
-    """out[c, z] = sum over y of w[index[c], z, y] x[c // share, y], each added up by a warp of 32 threads."""
+    """out[c, z] = sum over y of w[index[c], z, y] x[c // share, y]; a warp of 32 threads adds up one."""
     real = {"float16": "__half", "float32": "float", "float64": "double"}[dtype.name]
     return xp.RawKernel(f"""
         #include <cuda_fp16.h>
@@ -733,10 +736,10 @@ def chosen_kernel(dtype):
                                           long long Z, long long Y, long long share) {{
             const long long c = blockIdx.y, z = blockIdx.x * 4 + threadIdx.y;
             if (z >= Z) return;
-            const real *row = w + (index[c] * Z + z) * Y, *column = x + c / share * Y;
+            const real *w_row = w + (index[c] * Z + z) * Y, *x_row = x + c / share * Y;
             wide sum = 0;
-            for (long long y = threadIdx.x; y < Y; y += 32) sum += wide(row[y]) * wide(column[y]);
-            for (int half = 16; half; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
+            for (long long y = threadIdx.x; y < Y; y += 32) sum += wide(w_row[y]) * wide(x_row[y]);
+            for (int step = 16; step; step /= 2) sum += __shfl_down_sync(0xffffffff, sum, step);
             if (threadIdx.x == 0) out[c * Z + z] = sum;
         }}""", "chosen")  # fmt: skip
 
@@ -773,7 +776,7 @@ ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by
 def product(x, w):
     """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
     x and a w larger than a core's cache go as (W x^T)^T; up to 4 rows and a w that BLAS leaves to one core, as dot
-    products, which stream it faster. CuPy copies what is transposed if axes are more than two: let that be x."""
+    products, which stream it faster. Beyond two axes CuPy copies the transposed operand: let that be the smaller."""
     M, size = x.shape[-2], w.shape[-2] * w.shape[-1]
     if xp is np and M <= 4 and 2**17 < size <= ONE_CORE:
         return np.vecdot(w[..., None, :, :], x[..., None, :])
@@ -1040,25 +1043,21 @@ class Checkpoint:
         self.shapes = tensor_shapes(self.cfg)
         for name, shape in self.shapes.items():
             require(name in self.stored, f"{directory} lacks {name}; does its config.json belong to it?")
-            self.check(name, self.stored[name], shape, np.dtype(dtype))
+            stored, routes = self.stored[name], ".mlp.gate." in name
+            require(stored.kind in STORED, f"{name} has dtype {stored.kind}, not one of {', '.join(STORED)}")
+            require(stored.shape == shape, f"{name} has shape {list(stored.shape)}, config.json says {list(shape)}")
+            stored.dtype = np.promote_types(dtype, np.float32) if routes else np.dtype(dtype)
+            if stored.kind == "F8_E4M3":
+                linear_map = len(shape) == 2 and name != "model.embed_tokens.weight"
+                require(linear_map, f"{name} is FP8, which only the matrix of a linear map can be")
+                stored.scale, grid = self.stored.get(f"{name}_scale_inv"), tuple(-(-n // BLOCK) for n in shape)
+                sound = stored.scale and stored.scale.shape == grid and stored.scale.kind in ("F32", "BF16")
+                require(sound, f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")
         free = system_bytes("/proc/meminfo", "MemAvailable") if xp is np else xp.cuda.runtime.memGetInfo()[0]
         self.room = 0.7 * (free or math.inf) if memory is None else memory
         size = sum(map(math.prod, self.shapes.values())) * np.dtype(dtype).itemsize
         if xp is not np and size <= self.room:
             self.stack_experts()
-
-    def check(self, name, stored, shape, dtype):
-        """Refuse another shape, an unknown dtype, FP8 without its scales; give it the dtype of the computation."""
-        require(stored.kind in STORED, f"{name} has dtype {stored.kind}, not one of {', '.join(STORED)}")
-        require(stored.shape == shape, f"{name} has shape {list(stored.shape)}, config.json says {list(shape)}")
-        routes = ".mlp.gate." in name  # routing is computed in float32 or better
-        stored.dtype = np.promote_types(dtype, np.float32) if routes else dtype
-        if stored.kind == "F8_E4M3":
-            linear_map = len(shape) == 2 and name != "model.embed_tokens.weight"
-            require(linear_map, f"{name} is FP8, which only the matrix of a linear map can be")
-            stored.scale, grid = self.stored.get(f"{name}_scale_inv"), tuple(-(-n // BLOCK) for n in shape)
-            sound = stored.scale and stored.scale.shape == grid and stored.scale.kind in ("F32", "BF16")
-            require(sound, f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of shape {list(grid)}")
 
     def __contains__(self, name):
         return name in self.shapes or name in self.loaded

@@ -2364,4 +2364,5 @@ def test_gpu(check, shipped, tmp_path, monkeypatch):
         monkeypatch.setattr(dsv3, "xp", dsv3.choose_device("gpu"))
     except dsv3.InputError as reason:
         pytest.skip(str(reason))
+    dsv3.chosen_kernel.cache_clear()
     check(shipped, tmp_path)

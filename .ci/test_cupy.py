@@ -196,6 +196,9 @@ def strict(name, function, parameters, *owner):
             Device.traffic.update(uploads=1, uploaded=x.nbytes)
             return to_device(x)
         x = function(*to_host(args), **{key: to_host(value) for key, value in kwargs.items()})
+        if name in ("concatenate", "stack") and len(args[0]) > 8:
+            equal = len({part.host.shape for part in args[0]}) == 1
+            Device.traffic["uploads"] += 1 if equal else 3  # the addresses of small parts, their sizes and strides
         if name in ("empty", "empty_like"):  # what stands there is anything
             x.view(np.uint8)[...] = 0xFF
         return counted(name, x, *owner, *(args[0] if name in ("concatenate", "stack") else args))
@@ -236,6 +239,7 @@ class Strict:
 def device(monkeypatch):
     """`xp` is the stand-in, nothing counted yet; -> the counts."""
     monkeypatch.setattr(dsv3, "xp", Strict())
+    dsv3.chosen_kernel.cache_clear()
     Device.traffic.clear()
     return Device.traffic
 
@@ -450,7 +454,8 @@ def test_launches_and_uploads_of_a_chunk_with_v3s_structure(device, monkeypatch)
     device.clear()
     dsv3.forward_in_chunks(np.full((1, 1024), 3), w, cfg, dsv3.Cache(1, 1024), np.zeros(1, int), 1024)
     print(dict(device))
-    assert device["launches"] <= 60_000 and device["uploads"] <= 100 and device["waits"] <= 61
+    assert device["launches"] <= 60_000 and device["waits"] <= 61
+    assert device["uploads"] <= 4 + 3 * 3 * 58  # three joins in each layer
 
 
 @pytest.mark.parametrize("tokens", [1, 8, dsv3.FEW, dsv3.FEW + 1])
