@@ -33,7 +33,7 @@ MID = json.loads((ROOT / "weights/config.json").read_text()) | {
     "moe_intermediate_size": 256, "max_position_embeddings": 8192, "rope_scaling": None, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 CACHED = 4 * 12 * (256 + 32)  # bytes of a token in its cache
-STORIES = [[0, 427, 438, 260, 397], [0, 750, 365, 260, 707, 498, 15], [0, 405, 478, 284, 495, 723]]  # beginnings
+STORIES = [[0, 421, 433, 260, 395], [0, 764, 363, 260, 700, 492, 15], [0, 409, 466, 282, 493, 698]]  # beginnings
 TURNS, LONG = 15, 3.0
 
 

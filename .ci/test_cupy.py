@@ -310,7 +310,7 @@ def everything(directory, cfg, prompts, dtype, memory):
 ])  # fmt: skip
 def test_cupys_rules_leave_numpys_bits(tmp_path, monkeypatch, name, memory, dtype):
     """A checkpoint in FP8 and BF16, and the shipped one; all in memory or nothing."""
-    directory, cfg, prompts = WEIGHTS, dsv3.read_config(WEIGHTS), [[0, 427, 438, 260, 397], [0, 427]]
+    directory, cfg, prompts = WEIGHTS, dsv3.read_config(WEIGHTS), [[0, 421, 433, 260, 395], [0, 421]]
     if name == "fp8":
         cfg, prompts = replace(SMALL, vocab_size=4, num_nextn_predict_layers=1), [[1, 2, 3, 0, 1], [3]]
         directory = write_stored(tmp_path / "w", cfg, quantised(make_weights(cfg)))
@@ -393,7 +393,7 @@ def test_decoding_waits_little_and_uploads_no_weights(device, speculate, batch):
     round; what goes up is the token, its place and angles."""
     cfg = dsv3.read_config(WEIGHTS)
     w, seen, made = dsv3.Checkpoint(WEIGHTS, cfg), [], 0
-    for _ in dsv3.generate([[0, 427]] * batch, w, cfg, 40, speculate=speculate):
+    for _ in dsv3.generate([[0, 421]] * batch, w, cfg, 40, speculate=speculate):
         made += 1
         seen.append(Counter(device))
     begun = 8 * batch  # by then every weight has gone up

@@ -6,7 +6,7 @@
 The command is called with a directory that holds a checkpoint and request.json, and writes answer.safetensors there
 (README.md beside this file says what). One line per case: it agrees; or the first array that departs, by how much, in
 which rows, and the mistake if it is a known one; or it is skipped, as the port says that it lacks something (exit code
-3). Exit codes: 0 none departs, 1 some do, 2 the request cannot be used.
+3). Exit codes: 0 none departs, 1 some do or none agrees, 2 the request cannot be used.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def check_all(chosen, command, args):
             print(f"{name:24} {''.join(c if c.isprintable() else '?' for c in line)}", flush=True)
     if command:
         print(", ".join(f"{counts.get(outcome, 0)} {outcome}" for outcome in ("agrees", "departs", "skipped")))
-    return 1 if counts.get("departs") else 0
+    return 1 if counts.get("departs") or (command and not counts.get("agrees")) else 0
 
 
 if __name__ == "__main__":
