@@ -670,14 +670,16 @@ def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     k, v, out = wide(k_BSJX).swapaxes(1, 2), wide(v_BSJY).swapaxes(1, 2), xp.empty((B, J, T, shared, Y), q.dtype)
     limit = SCORES if xp is np else 256 * SCORES  # a GPU wants large calls
     for rows in slices(T, max(1, QUERIES // shared, limit // (B * H * S))):
+        seen = S - T + rows.stop  # keys; none of these queries looks further
         for heads in slices(J, max(1, limit // (B * (rows.stop - rows.start) * shared * S))):
             part = q[:, heads, rows]
-            score = product(part.reshape(*part.shape[:2], -1, X), k[:, heads])
+            score = product(part.reshape(*part.shape[:2], -1, X), k[:, heads, :seen])
             if B * T > 1:  # one query alone is the last token, and sees all
-                xp.copyto(score.reshape(*part.shape[:4], S), -xp.inf, where=~visible_BTS[:, None, rows, None])
+                hidden = ~visible_BTS[:, None, rows, None, :seen]
+                xp.copyto(score.reshape(*part.shape[:4], seen), -xp.inf, where=hidden)
             score -= xp.max(score, axis=-1, keepdims=True)
             xp.exp(score, out=score)
-            o = (score @ v[:, heads]) / xp.sum(score, axis=-1, keepdims=True)
+            o = (score @ v[:, heads, :seen]) / xp.sum(score, axis=-1, keepdims=True)
             out[:, heads, rows] = o.reshape(*part.shape[:4], Y)
     return out.swapaxes(1, 2).reshape(B, T, H, Y).astype(q_BTHX.dtype, copy=False)
 
