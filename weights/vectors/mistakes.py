@@ -700,7 +700,7 @@ def routing(score=affinities, choose=biased, groups=best_groups, pick=highest, g
     """The page's router, one step of it another."""
 
     def route(x_BTD, w, name, cfg):
-        s = score(x_BTD, w[f"{name}.gate.weight"], cfg)
+        s = score(x_BTD, w[f"{name}.gate.weight"].reshape(cfg.n_routed_experts, -1), cfg)
         dsv3.record(f"{name}.gate.scores", s)
         v3 = cfg.topk_method == "noaux_tc"
         b = dsv3.wide(w[f"{name}.gate.e_score_correction_bias"]) if v3 else np.zeros(1, s.dtype)
