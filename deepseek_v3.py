@@ -693,8 +693,10 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """= moe_all, which adds 0 for all others: each chosen expert sees only the tokens that chose it."""
     K, index_X = cfg.num_experts_per_tok, index_BTK.ravel()  # X = M K choices
     x_MD, gate_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), gate_BTK.reshape(-1, K).astype(x_BTD.dtype, copy=False)
-    if len(x_MD) <= FEW and f"{name}.experts.gate_proj.weight" in w:
-        y_XD = swiglu(x_MD, w, f"{name}.experts", functools.partial(linear_chosen, index_X))
+    small, stacked = x_MD.shape[1] * cfg.moe_intermediate_size <= SMALL, f"{name}.experts.gate_proj.weight" in w
+    if len(x_MD) <= FEW and (small if xp is np else stacked):
+        chosen = functools.partial(linear_gathered if xp is np else linear_chosen, index_X)
+        y_XD = swiglu(x_MD, w, f"{name}.experts", chosen)
     else:
         order_X = xp.argsort(index_X, kind="stable")  # the choices by expert
         load_E = to_host(expert_load(index_BTK, cfg))
@@ -713,12 +715,20 @@ def linear_by_expert(load_E, x_XY, w, name):
     ])  # fmt: skip
 
 
-FEW = 16  # tokens up to which a GPU reads a matrix once per choice: so the host need not wait to learn the choices
+FEW = 16  # tokens up to which a matrix is read once per choice: on a GPU, so that the host need not learn the choices;
+SMALL = 2**16  # on NumPy, of matrices up to so many elements, which are copied sooner than each one is called for
+
+
+def linear_gathered(index_X, x, w, name):
+    """`linear` with the matrix of each choice's expert; they are copied side by side, for one call. x has one row per
+    choice, or one per token, which its K choices share."""
+    each = [w[f"{name.replace('.experts.', f'.experts.{e}.')}.weight"] for e in index_X]
+    w_XZY = np.stack([matrix.reshape(*matrix.shape) for matrix in each])  # whole, if it lies on disk
+    return (w_XZY @ np.repeat(x, len(index_X) // len(x), axis=0)[:, :, None])[..., 0]
 
 
 def linear_chosen(index_X, x, w, name):
-    """`linear` with the matrix of each choice's expert, on a GPU, where a layer's experts lie in one array (section 9
-    lays them so) and are read as they lie. x has one row per choice, or one per token, which its K choices share."""
+    """`linear_gathered` on a GPU: a layer's experts lie in one array (so section 9 lays them), and are read there."""
     w_EZY = w[f"{name}.weight"]
     Z, Y = w_EZY.shape[1:]
     out_XZ = xp.empty((len(index_X), Z), x.dtype)

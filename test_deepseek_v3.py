@@ -448,7 +448,10 @@ def test_experts_chosen_equal_the_sum_over_all(cfg, seed):
     for b, t, k in np.ndindex(index.shape):
         expected[b, t] += gate[b, t, k] * plain_mlp(x[b, t], w, f"{name}.experts.{index[b, t, k]}")
     assert_close(dsv3.moe_all(x, w, name, index, gate, cfg), expected)
-    assert_close(dsv3.moe_computed(x, w, name, index, gate, cfg), expected)
+    for small in (2**16, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dsv3, "SMALL", small)
+            assert_close(dsv3.moe_computed(x, w, name, index, gate, cfg), expected)
     for cache in (None, dsv3.Cache(2, 4)):
         assert_close(dsv3.moe(x, w, name, cfg, cache), [[plain_moe(x_t, w, name, cfg) for x_t in row] for row in x])
 
@@ -461,9 +464,11 @@ class Reads(dict):
         return super().__getitem__(name)
 
 
-def test_experts_not_chosen_are_not_read():
+@pytest.mark.parametrize("small", [2**16, 0])
+def test_experts_not_chosen_are_not_read(monkeypatch, small):
     x, w, name, index, gate = moe_inputs(SMALL, 0)
     w = Reads(w)
+    monkeypatch.setattr(dsv3, "SMALL", small)
     dsv3.moe_computed(x[:1, :1], w, name, index[:1, :1], gate[:1, :1], SMALL)
     assert w.read == set(map(str, index[0, 0]))
 
@@ -741,7 +746,7 @@ def test_mtp_depth_ends_at_the_first_absent_module(absent, depth):
     assert len([name for name in dsv3.trace([[1, 2, 3]], w, SMALL) if name.endswith("shared_head")]) == depth
 
 
-CALL = "BTSJMXY"  # letters that a call sizes; each has one size within a function
+CALL = "BTSJMXYZ"  # letters that a call sizes; each has one size within a function
 
 
 def shapes_that_lie(run, cfg):
