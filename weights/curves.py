@@ -1,7 +1,7 @@
 """Draw curves.svg from the logs of a run of train.py and of its control, and print the figures of README.md.
 
     pip install numpy matplotlib
-    python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
+    python weights/curves.py weights/state/log.jsonl [control/state/log.jsonl]
 
 The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
 1,000 steps of the shorter one.
@@ -36,7 +36,7 @@ def main(paths):
     runs = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
     loads = [np.array([step["load"] for step in run], float) for run in runs]
     end = min(map(len, runs))
-    names = ["with the bias update", "without"]
+    names = ["with the bias update", "without"][: len(runs)]
     for name, load_SLE in zip(names, loads, strict=True):
         worst = violation(load_SLE)
         print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
@@ -52,14 +52,14 @@ def main(paths):
     loss.legend()
     held = [(step["step"], step["validation_bits_per_byte"]) for step in runs[0] if "validation_bits_per_byte" in step]
     valid.plot(*zip(*held, strict=True))
-    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.8, 1.5))
+    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.6, 1.5))
     valid.grid(alpha=0.3)
     for name, load_SLE in zip(names, loads, strict=True):
         curve(balance, violation(load_SLE).mean(1), name)
     balance.set(title="MaxVio, mean of the layers", xlabel="step", ylim=(0, None))
     balance.legend()
     for layer, axes in enumerate(bottom.subplots(1, layers, sharey=True)):
-        for name, load_SLE, shift in zip(names, loads, (-0.2, 0.2), strict=True):
+        for name, load_SLE, shift in zip(names, loads, (-0.2, 0.2), strict=False):
             load_E = load_SLE[end - LAST : end, layer].sum(0)
             axes.bar(np.arange(load_E.size) + shift, np.sort(load_E / load_E.mean())[::-1], 0.4, label=name)
         axes.axhline(1, color="black", linewidth=0.5)

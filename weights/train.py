@@ -5,8 +5,7 @@
 
 `xp` becomes jax.numpy, and `jax.grad` of `training_objective` is the training step: there is no second copy of the
 model. What is slow under JAX is replaced by an equal form, in section 1; test_train.py shows them equal. The recipe is
-that of section 4.2 of the paper, with Muon for the matrices. The weights beside this file are older: README.md has
-their recipe, AdamW in three cycles.
+that of section 4.2 of the paper, with Muon for the matrices; README.md has it beside the paper's.
 
 A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it had
 never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
@@ -282,7 +281,7 @@ def main(argv=None):
     parser.add_argument(
         "--out", type=Path, required=True, help="directory for the checkpoint; state and log in OUT/state"
     )
-    parser.add_argument("--steps", type=int, default=5000, help="may be changed until the decay begins")
+    parser.add_argument("--steps", type=int, default=4500, help="may be changed until the decay begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-bias-update", action="store_true", help="the control: gamma 0 throughout")
     args = parser.parse_args(argv)
