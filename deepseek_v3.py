@@ -297,8 +297,8 @@ class Positions(NamedTuple):
 
 
 def positions(token_BT, start_B, cfg, dtype):
-    """The Positions of tokens; token t of row b stands at start_B[b] + t. Angles are float64 until cos and sin (in JAX,
-    if it may): at position 163,839 float32 is off by 5e-3 rad. S reaches to the last position of the longest row."""
+    """The Positions of tokens; token t of row b stands at start_B[b] + t. S reaches to the last position of the longest
+    row. Angles are float64 (in JAX with jax_enable_x64): at position 163,839 float32 is off by 5e-3 rad."""
     B, T = token_BT.shape
     start_B = np.zeros(B, int) if start_B is None else np.asarray(start_B)
     pos_BT = xp.asarray(start_B)[:, None] + xp.arange(T)
