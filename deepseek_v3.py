@@ -669,18 +669,18 @@ def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     q = (wide(q_BTHX) * scale).reshape(B, T, J, shared, X).swapaxes(1, 2)
     k, v, out = wide(k_BSJX).swapaxes(1, 2), wide(v_BSJY).swapaxes(1, 2), xp.empty((B, J, T, shared, Y), q.dtype)
     limit = SCORES if xp is np else 256 * SCORES  # a GPU wants large calls
-    for rows in slices(T, max(1, QUERIES // shared, limit // (B * H * S))):
-        seen = S - T + rows.stop  # keys; none of these queries looks further
-        for heads in slices(J, max(1, limit // (B * (rows.stop - rows.start) * shared * S))):
-            part = q[:, heads, rows]
+    for tokens in slices(T, max(1, QUERIES // shared, limit // (B * H * S))):
+        seen = S - T + tokens.stop  # keys; none of these queries looks further
+        for heads in slices(J, max(1, limit // (B * (tokens.stop - tokens.start) * shared * S))):
+            part = q[:, heads, tokens]
             score = product(part.reshape(*part.shape[:2], -1, X), k[:, heads, :seen])
             if B * T > 1:  # one query alone is the last token, and sees all
-                hidden = ~visible_BTS[:, None, rows, None, :seen]
+                hidden = ~visible_BTS[:, None, tokens, None, :seen]
                 xp.copyto(score.reshape(*part.shape[:4], seen), -xp.inf, where=hidden)
             score -= xp.max(score, axis=-1, keepdims=True)
             xp.exp(score, out=score)
             o = (score @ v[:, heads, :seen]) / xp.sum(score, axis=-1, keepdims=True)
-            out[:, heads, rows] = o.reshape(*part.shape[:4], Y)
+            out[:, heads, tokens] = o.reshape(*part.shape[:4], Y)
     return out.swapaxes(1, 2).reshape(B, T, H, Y).astype(q_BTHX.dtype, copy=False)
 
 
@@ -693,10 +693,12 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """= moe_all, which adds 0 for all others: each chosen expert sees only the tokens that chose it."""
     K, index_X = cfg.num_experts_per_tok, index_BTK.ravel()  # X = M K choices
     x_MD, gate_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), gate_BTK.reshape(-1, K).astype(x_BTD.dtype, copy=False)
-    small, stacked = x_MD.shape[1] * cfg.moe_intermediate_size <= SMALL, f"{name}.experts.gate_proj.weight" in w
-    if len(x_MD) <= FEW and (small if xp is np else stacked):
-        chosen = functools.partial(linear_gathered if xp is np else linear_chosen, index_X)
-        y_XD = swiglu(x_MD, w, f"{name}.experts", chosen)
+    if xp is np:
+        form, fits = linear_gathered, cfg.hidden_size * cfg.moe_intermediate_size <= SMALL
+    else:
+        form, fits = linear_chosen, f"{name}.experts.gate_proj.weight" in w
+    if fits and len(x_MD) <= FEW:
+        y_XD = swiglu(x_MD, w, f"{name}.experts", functools.partial(form, index_X))
     else:
         order_X = xp.argsort(index_X, kind="stable")  # the choices by expert
         load_E = to_host(expert_load(index_BTK, cfg))
@@ -715,8 +717,8 @@ def linear_by_expert(load_E, x_XY, w, name):
     ])  # fmt: skip
 
 
-FEW = 16  # tokens up to which a matrix is read once per choice: on a GPU, so that the host need not learn the choices;
-SMALL = 2**16  # on NumPy, of matrices up to so many elements, which are copied sooner than each one is called for
+FEW = 16  # up to so many tokens, an expert's matrix is read once per choice. A GPU's host need not wait for the choices
+SMALL = 2**16  # On NumPy only matrices up to so many elements: copying them takes less time than a call for each
 
 
 def linear_gathered(index_X, x, w, name):
@@ -976,7 +978,7 @@ class Stored(Matrix):
 
     def __getitem__(self, rows):
         """Some rows: BF16 and FP8 exactly, as float32, then in dtype. A slice of FP8 must begin with a block."""
-        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # pages that go again
+        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # goes, its pages too
         part = xp.asarray(apart[rows if isinstance(rows, slice) else to_host(rows)])
         if self.kind == "BF16":
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
@@ -1055,9 +1057,10 @@ class Checkpoint:
         self.shapes = tensor_shapes(self.cfg)
         for name, shape in self.shapes.items():
             require(name in self.stored, f"{directory} lacks {name}; does its config.json belong to it?")
-            stored, routes = self.stored[name], ".mlp.gate." in name
+            stored = self.stored[name]
             require(stored.kind in STORED, f"{name} has dtype {stored.kind}, not one of {', '.join(STORED)}")
             require(stored.shape == shape, f"{name} has shape {list(stored.shape)}, config.json says {list(shape)}")
+            routes = ".mlp.gate." in name  # routing is computed in float32 or better
             stored.dtype = np.promote_types(dtype, np.float32) if routes else np.dtype(dtype)
             if stored.kind == "F8_E4M3":
                 linear_map = len(shape) == 2 and name != "model.embed_tokens.weight"
@@ -1078,15 +1081,14 @@ class Checkpoint:
         if name in self.loaded:
             return self.loaded[name]
         stored = self.stored[name]
-        is_matrix = len(stored.shape) == 2
         if xp is np and STORED[stored.kind] == stored.dtype.str:  # nothing to decode: it stays mapped
             found = stored.array
-        elif is_matrix and math.prod(stored.shape) * stored.dtype.itemsize > self.room:
+        elif len(stored.shape) == 2 and math.prod(stored.shape) * stored.dtype.itemsize > self.room:
             return stored
         else:
             found = stored.whole()
             self.room -= found.nbytes
-        self.loaded[name] = Matrix(found) if is_matrix else found
+        self.loaded[name] = Matrix(found) if len(stored.shape) == 2 else found
         return self.loaded[name]
 
     def stack_experts(self):

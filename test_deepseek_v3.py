@@ -614,6 +614,9 @@ def test_softmax_and_sigmoid_never_overflow(dtype):
     exact = [1 / (1 + math.exp(-float(v))) if v > -700 else 0.0 for v in extreme]
     assert y.dtype == p.dtype == dtype and np.allclose(y, exact, rtol=0, atol=4 * np.finfo(dtype).eps)
     assert p[-1] == 1 and np.all(even == dtype(1 / 70000))
+    x = np.linspace(-9, 9, 300).astype(dtype)
+    for function in (dsv3.sigmoid, dsv3.softmax):  # computed wide, rounded once
+        assert np.array_equal(function(x), function(dsv3.wide(x)).astype(dtype))
 
 
 def test_rope_phases_are_exact_at_the_last_position():
