@@ -192,16 +192,22 @@ def rms_norm(x, weight, eps):
     return normed.astype(x.dtype, copy=False) * weight
 
 
+@np.errstate(over="ignore")  # where e^-x is infinite the result is 0, as it should be
 def sigmoid(x):
     """1 / (1 + e^-x), wide, returned in x's dtype."""
-    with np.errstate(over="ignore"):  # where e^-x is infinite the result is 0, as it should be
-        return (1 / (1 + xp.exp(-wide(x)))).astype(x.dtype, copy=False)
+    return (1 / (1 + xp.exp(-wide(x)))).astype(x.dtype, copy=False)
+
+
+@np.errstate(over="ignore")
+def silu(x):
+    """x sigmoid(x), wide, returned in x's dtype."""
+    return (x / (1 + xp.exp(-wide(x)))).astype(x.dtype, copy=False)
 
 
 def swiglu(x, w, name, linear=linear):
-    """An MLP: down_proj(silu(gate_proj(x)) * up_proj(x)), silu(z) = z sigmoid(z). x (..., D) -> (..., D)."""
-    gate = linear(x, w, f"{name}.gate_proj")
-    return linear(gate * sigmoid(gate) * linear(x, w, f"{name}.up_proj"), w, f"{name}.down_proj")
+    """An MLP: down_proj(silu(gate_proj(x)) * up_proj(x)). x (..., D) -> (..., D)."""
+    gate, up = linear(x, w, f"{name}.gate_proj"), linear(x, w, f"{name}.up_proj")
+    return linear(silu(gate) * up, w, f"{name}.down_proj")
 
 
 def softmax(x):
@@ -266,17 +272,19 @@ def softmax_scale(cfg):
     return m**2 / math.sqrt(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
 
 
-def rope(x, cos, sin, interleave=True):
-    """Rotate pair j of x by its angle. x (..., R), cos and sin (..., P), broadcast.
+def rope(x, rotation, interleave=True):
+    """Rotate pair j of x, (a, b), by its angle: to (a cos - b sin, a sin + b cos), which is (a + ib) e^(i angle).
+    x (..., R), rotation = e^(i angle) (..., P), broadcast.
 
     In the released weights the pairs are neighbours, (2j, 2j+1). HF reorders queries and keys to halves first, which
     leaves every score as it is but caches a permuted key; `rope_interleave` false means weights stored as halves.
     """
     if interleave:
-        a, b = x[..., 0::2], x[..., 1::2]
-        return xp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+        z = wide(x).view(np.result_type(x.dtype, np.complex64)) * rotation  # (a, b) lies in memory as a + ib does
+        return z.view(z.real.dtype).astype(x.dtype, copy=False)
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return xp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    z = (a + 1j * b) * rotation
+    return xp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype, copy=False)
 
 
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------------------------
@@ -291,8 +299,7 @@ class Positions(NamedTuple):
     row_B1: object  # 0 to B - 1: with the next, a token's place in arrays (B, S, ...)
     pos_BT: object
     real_BT: object
-    cos_BTP: object
-    sin_BTP: object
+    rotation_BTP: object  # e^(i angle), times YaRN's magnitude
     visible_BTS: object  # True where a query may look: position of the key <= position of the query
 
 
@@ -303,10 +310,10 @@ def positions(token_BT, start_B, cfg, dtype):
     start_B = np.zeros(B, int) if start_B is None else np.asarray(start_B)
     pos_BT = xp.asarray(start_B)[:, None] + xp.arange(T)
     angle_BTP = pos_BT[:, :, None] * xp.asarray(rope_frequencies(cfg))
-    cos_BTP, sin_BTP = rope_magnitude(cfg) * xp.cos(angle_BTP), rope_magnitude(cfg) * xp.sin(angle_BTP)
+    rotation_BTP = (rope_magnitude(cfg) * xp.exp(1j * angle_BTP)).astype(np.result_type(dtype, np.complex64))
     visible_BTS = xp.arange(int(start_B.max()) + T) <= pos_BT[:, :, None]
     row_B1, real_BT = xp.arange(B)[:, None], xp.asarray(token_BT >= 0)
-    return Positions(row_B1, pos_BT, real_BT, cos_BTP.astype(dtype), sin_BTP.astype(dtype), visible_BTS)
+    return Positions(row_B1, pos_BT, real_BT, rotation_BTP, visible_BTS)
 
 
 def attention(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
@@ -329,7 +336,7 @@ def mla_query(x_BTD, w, name, cfg, pos):
         q_BTY = linear(c_BTQ, w, f"{name}.q_b_proj")
     q_BTHX = q_BTY.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)  # each head [nope ; rope]
     q_nope_BTHN, q_rope_BTHR = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]  # eq. (7)
-    q_rope_BTHR = rope(q_rope_BTHR, pos.cos_BTP[:, :, None], pos.sin_BTP[:, :, None], cfg.rope_interleave)  # eq. (8)
+    q_rope_BTHR = rope(q_rope_BTHR, pos.rotation_BTP[:, :, None], cfg.rope_interleave)  # eq. (8)
     record(f"{name}.q_rope", q_rope_BTHR)
     return q_nope_BTHN, q_rope_BTHR
 
@@ -340,7 +347,7 @@ def mla_latent(x_BTD, w, name, cfg, pos):
     kv_BTL = linear(x_BTD, w, f"{name}.kv_a_proj_with_mqa")
     c_BTC, k_rope_BTR = kv_BTL[..., : cfg.kv_lora_rank], kv_BTL[..., cfg.kv_lora_rank :]  # eq. (1)
     c_BTC = rms_norm(c_BTC, w[f"{name}.kv_a_layernorm.weight"], LATENT_EPS)  # section 4.2
-    k_rope_BTR = rope(k_rope_BTR, pos.cos_BTP, pos.sin_BTP, cfg.rope_interleave)  # eq. (3)
+    k_rope_BTR = rope(k_rope_BTR, pos.rotation_BTP, cfg.rope_interleave)  # eq. (3)
     record(f"{name}.kv_latent", c_BTC)
     record(f"{name}.k_rope", k_rope_BTR)
     return xp.concatenate([c_BTC, k_rope_BTR], axis=-1)
@@ -675,8 +682,8 @@ def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
             part = q[:, heads, tokens]
             score = product(part.reshape(*part.shape[:2], -1, X), k[:, heads, :seen])
             if B * T > 1:  # one query alone is the last token, and sees all
-                hidden = ~visible_BTS[:, None, tokens, None, :seen]
-                xp.copyto(score.reshape(*part.shape[:4], seen), -xp.inf, where=hidden)
+                visible = visible_BTS[:, None, tokens, None, :seen]
+                score = xp.where(visible, score.reshape(*part.shape[:4], seen), -xp.inf).reshape(score.shape)
             score -= xp.max(score, axis=-1, keepdims=True)
             xp.exp(score, out=score)
             o = (score @ v[:, heads, :seen]) / xp.sum(score, axis=-1, keepdims=True)
@@ -769,7 +776,7 @@ class Matrix:
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
 
     def __rmatmul__(self, x):
-        return self.times(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return xp.ascontiguousarray(self.times(x.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
 
     def __getitem__(self, ids):
         return self.array[xp.asarray(ids)]

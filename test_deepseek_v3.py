@@ -606,16 +606,17 @@ def test_norm_is_wide_and_rounded_once_before_the_weight():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_softmax_and_sigmoid_never_overflow(dtype):
+def test_softmax_sigmoid_and_silu_never_overflow(dtype):
     extreme = np.array([-1e4, -100, -1, 0, 1, 100, 1e4], dtype)
     with np.errstate(all="raise", under="ignore"):
-        y, p = dsv3.sigmoid(extreme), dsv3.softmax(extreme)
+        y, z, p = dsv3.sigmoid(extreme), dsv3.silu(extreme), dsv3.softmax(extreme)
         even = dsv3.softmax(np.zeros(70000, dtype))  # their sum overflows float16
     exact = [1 / (1 + math.exp(-float(v))) if v > -700 else 0.0 for v in extreme]
     assert y.dtype == p.dtype == dtype and np.allclose(y, exact, rtol=0, atol=4 * np.finfo(dtype).eps)
     assert p[-1] == 1 and np.all(even == dtype(1 / 70000))
+    assert z.dtype == dtype and np.allclose(z, extreme * exact, rtol=4 * np.finfo(dtype).eps, atol=1e-40)
     x = np.linspace(-9, 9, 300).astype(dtype)
-    for function in (dsv3.sigmoid, dsv3.softmax):  # computed wide, rounded once
+    for function in (dsv3.sigmoid, dsv3.silu, dsv3.softmax):  # computed wide, rounded once
         assert np.array_equal(function(x), function(dsv3.wide(x)).astype(dtype))
 
 
@@ -624,8 +625,8 @@ def test_rope_phases_are_exact_at_the_last_position():
     pos = dsv3.positions(np.array([[0]]), [163839], dsv3.Config(rope_scaling=None), np.float64)
     turn = 2 * Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
     angles = [float(163839 * Decimal(10000) ** (Decimal(-2 * j) / 64) % turn) for j in range(32)]
-    assert_close(pos.cos_BTP[0, 0], np.cos(angles), 1e-10)
-    assert_close(pos.sin_BTP[0, 0], np.sin(angles), 1e-10)
+    assert_close(pos.rotation_BTP[0, 0].real, np.cos(angles), 1e-10)
+    assert_close(pos.rotation_BTP[0, 0].imag, np.sin(angles), 1e-10)
 
 
 def test_yarn_of_the_671b_model_in_numbers():

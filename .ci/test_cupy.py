@@ -160,7 +160,8 @@ def counted(name, value, *operands):
         return value
     arrays = [x.host for x in operands if isinstance(x, Device)]
     launched = name != "empty" and not any(np.may_share_memory(value, x) for x in arrays)
-    Device.traffic["launches"] += launched
+    joined = len(operands) if name in ("concatenate", "stack") and len(operands) <= 8 else 1  # a few parts: one by one
+    Device.traffic["launches"] += launched * joined
     if name == "matmul":
         Device.traffic["copied"] += sum(copied(x, max(y.ndim for y in arrays)) for x in arrays)
     if name in ("getitem", "take", "astype", "reshape", "repeat", "concatenate", "stack"):
@@ -196,6 +197,8 @@ def strict(name, function, parameters, *owner):
             Device.traffic.update(uploads=1, uploaded=x.nbytes)
             return to_device(x)
         x = function(*to_host(args), **{key: to_host(value) for key, value in kwargs.items()})
+        if "out" in kwargs or name == "copyto":
+            Device.traffic["launches"] += 1
         if name in ("concatenate", "stack") and len(args[0]) > 8:
             equal = len({part.host.shape for part in args[0]}) == 1
             Device.traffic["uploads"] += 1 if equal else 3  # the addresses of small parts, their sizes and strides
@@ -438,7 +441,7 @@ def test_launches_and_traffic_of_a_token_with_v3s_structure(device, batch, conte
     device.clear()
     decoded(cfg, w, batch, context)
     print(dict(device))
-    assert device["launches"] <= 6250 and device["waits"] == 1
+    assert device["launches"] - 61 <= 5500 and device["waits"] == 1  # 61 make the cache, once
     assert device["uploads"] <= 6 and device["uploaded"] <= 1000
 
 

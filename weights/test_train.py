@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import train  # noqa: E402
 from train import dsv3  # noqa: E402
 
-REPLACED = ["xp", "moe_all", "softmax", "sigmoid", "top_k", "cross_entropy"]
+REPLACED = ["xp", "moe_all", "softmax", "sigmoid", "silu", "top_k", "cross_entropy"]
 PAGE = {name: getattr(dsv3, name) for name in REPLACED}
 TINY = replace(train.MODEL, vocab_size=300, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0,
                moe_intermediate_size=8)  # fmt: skip
@@ -64,7 +64,7 @@ def equal_with_gradient(page, fast, *args):
         np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "silu"])
 def test_a_replaced_function_equals_the_page(name, float64):
     train.use_jax()
     x = 5 * normal(4, 6, 7)
@@ -75,10 +75,12 @@ def test_a_replaced_function_equals_the_page(name, float64):
         equal_with_gradient(*masked, x)
 
 
-def test_the_sigmoid_has_a_gradient_at_0():
-    """The page's form, of two branches that meet there, has twice the gradient at exactly 0 under JAX."""
+@pytest.mark.parametrize("name", ["sigmoid", "silu"])
+def test_a_replaced_function_has_a_gradient_where_the_exponential_overflows(name):
+    """The page's form, inf / inf there, has none."""
     train.use_jax()
-    assert float(jax.grad(dsv3.sigmoid)(0.0)) == 0.25
+    assert np.isnan(jax.grad(PAGE[name])(-1e3))
+    assert float(jax.grad(getattr(dsv3, name))(-1e3)) == 0
 
 
 def test_cross_entropy_equals_the_page(float64):

@@ -89,7 +89,7 @@ def grouped_experts(x_BTD, w, name, index_BTK, gate_BTK, cfg):
 def use_jax():
     """Put jax.numpy and the equal forms into the page."""
     dsv3.xp, dsv3.moe_all = jnp, grouped_experts
-    dsv3.softmax, dsv3.sigmoid = jax.nn.softmax, jax.nn.sigmoid
+    dsv3.softmax, dsv3.sigmoid, dsv3.silu = jax.nn.softmax, jax.nn.sigmoid, jax.nn.silu  # gradients without inf / inf
     dsv3.top_k = lambda score, k: jax.lax.top_k(score, k)[1]
     dsv3.cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 

@@ -165,11 +165,11 @@ def activation(wrong):
 
 
 simple("mlp", "all_dense v3_yarn", {
-    "gate_proj and up_proj are swapped": lambda: activation(lambda gate, up: up * dsv3.sigmoid(up) * gate),
+    "gate_proj and up_proj are swapped": lambda: activation(lambda gate, up: dsv3.silu(up) * gate),
     "gelu in place of silu": lambda: activation(
         lambda gate, up: 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up),
     "a sigmoid in place of silu": lambda: activation(lambda gate, up: dsv3.sigmoid(gate) * up),
-    "silu of gate times up": lambda: activation(lambda gate, up: dsv3.sigmoid(gate * up) * gate * up),
+    "silu of gate times up": lambda: activation(lambda gate, up: dsv3.silu(gate * up)),
 })  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def turned(wrong):
     def positions(token_BT, start_B, cfg, dtype):
         pos = right(token_BT, start_B, cfg, dtype)
         angle, m = wrong(pos.pos_BT, cfg), dsv3.rope_magnitude(cfg)
-        return pos._replace(cos_BTP=(m * np.cos(angle)).astype(dtype), sin_BTP=(m * np.sin(angle)).astype(dtype))
+        return pos._replace(rotation_BTP=(m * np.exp(1j * angle)).astype(np.result_type(dtype, np.complex64)))
 
     return {"positions": positions}
 
@@ -278,17 +278,27 @@ def rounded(low, high, cfg, top):
 
 
 def rotation(wrong):
-    """wrong(x, cos, sin, interleave) for rope."""
+    """wrong(x, rotation, interleave) for rope."""
     return {"rope": wrong}
 
 
 RIGHT_ROPE = dsv3.rope
+
+
+def backwards(x, rotation, interleave):
+    return RIGHT_ROPE(x, rotation.conj(), interleave)
+
+
+def as_it_is(x, rotation, interleave):
+    return x
+
+
 simple("self_attn.q_rope", "v3_yarn attention_bias", {
     "RoPE pairs other elements (halves for neighbours, or the reverse)":
         lambda: config(lambda cfg: {"rope_interleave": not cfg.rope_interleave}),
     "RoPE turns the other way":
-        lambda: rotation(lambda x, cos, sin, interleave: RIGHT_ROPE(x, cos, -sin, interleave)),
-    "nothing is rotated": lambda: rotation(lambda x, cos, sin, interleave: x),
+        lambda: rotation(backwards),
+    "nothing is rotated": lambda: rotation(as_it_is),
     "positions count from 1": lambda: turned(lambda pos, cfg: (pos + 1)[..., None] * dsv3.rope_frequencies(cfg)),
     "frequencies are theta^(-j/R)": lambda: frequencies(
         lambda cfg: cfg.rope_theta ** -(np.arange(cfg.qk_rope_head_dim // 2) / cfg.qk_rope_head_dim)),
@@ -307,21 +317,15 @@ def bf16_frequencies():
 
 
 def one_rotation(part, wrong):
-    """wrong(x, cos, sin, interleave) for the query alone (4 axes) or the key alone (3)."""
+    """wrong(x, rotation, interleave) for the query alone (4 axes) or the key alone (3)."""
     axes = {"query": 4, "key": 3}[part]
 
-    def rope(x, cos, sin, interleave=True):
-        return (wrong if x.ndim == axes else RIGHT_ROPE)(x, cos, sin, interleave)
+    def rope(x, rotation, interleave=True):
+        return (wrong if x.ndim == axes else RIGHT_ROPE)(x, rotation, interleave)
 
     return {"rope": rope}
 
 
-def backwards(x, cos, sin, interleave):
-    return RIGHT_ROPE(x, cos, -sin, interleave)
-
-
-def as_it_is(x, cos, sin, interleave):
-    return x
 
 
 simple("self_attn.q_rope", "v3_yarn", {
@@ -504,7 +508,7 @@ def latent(wrong):
     def mla_latent(x_BTD, w, name, cfg, pos):
         kv_BTL, C = dsv3.linear(x_BTD, w, f"{name}.kv_a_proj_with_mqa"), cfg.kv_lora_rank
         c_BTC, k_BTR = wrong(kv_BTL[..., :C], kv_BTL[..., C:], w[f"{name}.kv_a_layernorm.weight"], cfg)
-        k_BTR = dsv3.rope(k_BTR, pos.cos_BTP, pos.sin_BTP, cfg.rope_interleave)
+        k_BTR = dsv3.rope(k_BTR, pos.rotation_BTP, cfg.rope_interleave)
         dsv3.record(f"{name}.kv_latent", c_BTC)
         dsv3.record(f"{name}.k_rope", k_BTR)
         return np.concatenate([c_BTC, k_BTR], axis=-1).astype(x_BTD.dtype)
@@ -523,7 +527,7 @@ def query(wrong):
             q_BTX = dsv3.linear(wrong(c_BTQ, w[f"{name}.q_a_layernorm.weight"], cfg), w, f"{name}.q_b_proj")
         q_BTHX = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)
         nope, rope = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]
-        rope = dsv3.rope(rope, pos.cos_BTP[:, :, None], pos.sin_BTP[:, :, None], cfg.rope_interleave)
+        rope = dsv3.rope(rope, pos.rotation_BTP[:, :, None], cfg.rope_interleave)
         dsv3.record(f"{name}.q_rope", rope)
         return nope, rope
 

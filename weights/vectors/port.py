@@ -86,8 +86,8 @@ def losses(directory, dtype, prompts, mtp_weight, balance_weight):
 
 def phases(directory, dtype, positions):
     cfg, start_B = dsv3.read_config(directory), np.array(positions)
-    pos = dsv3.positions(np.zeros((len(positions), 1), int), start_B, cfg, dtype)
-    return {"cos": pos.cos_BTP[:, 0], "sin": pos.sin_BTP[:, 0]}
+    rotation_BTP = dsv3.positions(np.zeros((len(positions), 1), int), start_B, cfg, dtype).rotation_BTP
+    return {"cos": rotation_BTP.real[:, 0], "sin": rotation_BTP.imag[:, 0]}
 
 
 def update_bias(directory, dtype, gamma):
