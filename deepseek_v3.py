@@ -128,7 +128,6 @@ class Yarn:
     beta_slow: float = 1.0  # alpha
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    attention_factor: float | None = None
     truncate: bool = True
 
 
@@ -228,8 +227,7 @@ def rope_frequencies(cfg):
 
     YaRN keeps the pairs that turn more than beta_fast times within the original context, slows those that turn less
     than beta_slow times by the factor, and blends in between. It is static: once configured it holds at every position
-    of every prompt, for queries as for keys. (The official code switches it on by its max_seq_len instead.)
-    """
+    of every prompt, for queries as for keys. (The official code switches it on by its max_seq_len instead.)"""
     R, yarn = cfg.qk_rope_head_dim, cfg.rope_scaling
     freq_P = cfg.rope_theta ** -(np.arange(0, R, 2) / R)
     if yarn is None:
@@ -249,12 +247,10 @@ def rope_frequencies(cfg):
 
 
 def rope_magnitude(cfg):
-    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) if either is absent or 0, or
-    what attention_factor says. The official code has no such factor. The softmax scale is another matter, below."""
+    """YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 in DeepSeek-V3; m(1) if either is absent or 0. The
+    official code has no such factor. The softmax scale is another matter, below."""
     if (yarn := cfg.rope_scaling) is None:
         return 1.0
-    if yarn.attention_factor is not None:
-        return yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
         return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     return yarn_mscale(yarn.factor, 1)
@@ -277,10 +273,9 @@ def rope(x, rotation, interleave=True):
     x (..., R), rotation = e^(i angle) (..., P), broadcast.
 
     In the released weights the pairs are neighbours, (2j, 2j+1). HF reorders queries and keys to halves first, which
-    leaves every score as it is but caches a permuted key; `rope_interleave` false means weights stored as halves.
-    """
-    if interleave:
-        z = wide(x).view(np.result_type(x.dtype, np.complex64)) * rotation  # (a, b) lies in memory as a + ib does
+    leaves every score as it is but caches a permuted key; `rope_interleave` false means weights stored as halves."""
+    if interleave:  # (a, b) lies in memory as a + ib does (CuPy wants it at an even place: N and C are even)
+        z = wide(x).view(np.result_type(x.dtype, np.complex64)) * rotation
         return z.view(z.real.dtype).astype(x.dtype, copy=False)
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     z = (a + 1j * b) * rotation
@@ -304,8 +299,8 @@ class Positions(NamedTuple):
 
 
 def positions(token_BT, start_B, cfg, dtype):
-    """The Positions of tokens; token t of row b stands at start_B[b] + t. S reaches to the last position of the longest
-    row. Angles are float64 (in JAX with jax_enable_x64): at position 163,839 float32 is off by 5e-3 rad."""
+    """The Positions of tokens: token t of row b stands at start_B[b] + t; S is the largest start + T. Angles are
+    float64 (in JAX with jax_enable_x64): at position 163,839 float32 is off by 5e-3 rad."""
     B, T = token_BT.shape
     start_B = np.zeros(B, int) if start_B is None else np.asarray(start_B)
     pos_BT = xp.asarray(start_B)[:, None] + xp.arange(T)
@@ -353,19 +348,14 @@ def mla_latent(x_BTD, w, name, cfg, pos):
     return xp.concatenate([c_BTC, k_rope_BTR], axis=-1)
 
 
-def mla_expand(kv_BSL, w, name, cfg):
-    """Every head's keys and values from the latents -> k_BSHX, X = N + R, and v_BSHV."""
+def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attention=attention):
+    """Definition: expand the latents to every head's keys and values, then multi-head attention -> (B, T, H, V)."""
     c_BSC, k_rope_BSR = kv_BSL[..., : cfg.kv_lora_rank], kv_BSL[..., cfg.kv_lora_rank :]
     kv_BSHY = linear(c_BSC, w, f"{name}.kv_b_proj").reshape(*c_BSC.shape[:2], cfg.num_attention_heads, -1)
     k_nope_BSHN, v_BSHV = kv_BSHY[..., : cfg.qk_nope_head_dim], kv_BSHY[..., cfg.qk_nope_head_dim :]  # eqs. (2), (5)
     k_rope_BSHR = xp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], cfg.qk_rope_head_dim))
-    return xp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1), v_BSHV  # eq. (4)
-
-
-def mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attention=attention):
-    """Definition: expand the latents to every head's keys and values, then multi-head attention -> (B, T, H, V)."""
+    k_BSHX = xp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)  # eq. (4)
     q_BTHX = xp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)  # eq. (9)
-    k_BSHX, v_BSHV = mla_expand(kv_BSL, w, name, cfg)
     return attention(q_BTHX, k_BSHX, v_BSHV, visible_BTS, softmax_scale(cfg))
 
 
@@ -392,8 +382,7 @@ def route(x_BTD, w, name, cfg):
     """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
     The bias enters the choice alone: the gates come from the affinities without it. DeepSeek-V2 (arXiv:2405.04434,
-    section 2.1.2) has softmax affinities, no bias, and groups ranked by their best expert.
-    """
+    section 2.1.2) has softmax affinities, no bias, and groups ranked by their best expert."""
     affinity = sigmoid if cfg.scoring_func == "sigmoid" else softmax
     score_BTE = affinity(linear(wide(x_BTD), w, f"{name}.gate"))  # eq. (15)
     record(f"{name}.gate.scores", score_BTE)
@@ -471,8 +460,7 @@ def max_violation(load_E):
 def balance_loss(score_BTE, cfg):
     """The sequence-wise balance loss without alpha, averaged over the batch.
 
-    As printed: f counts the plain top K_r affinities, with neither bias nor group limit; it carries no gradient.
-    """
+    As printed: f counts the plain top K_r affinities, with neither bias nor group limit; it carries no gradient."""
     K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
     chosen_BTE = xp.sum(one_hot(top_k(score_BTE, K), E), axis=-2)
     f_BE = xp.mean(chosen_BTE, axis=1) * (E / K)  # eq. (18)
@@ -508,8 +496,7 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
     w: a mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
     definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds before
     position start_B[b] (0 by default), and enter it. Shorter rows are padded on the right with -1. Padding reads the
-    last embedding; no token before it sees it; it is cached as zeros, which the row's next tokens overwrite.
-    """
+    last embedding; no token before it sees it; it is cached as zeros, which the row's next tokens overwrite."""
     embedding_WD = w["model.embed_tokens.weight"]
     pos = positions(token_BT, start_B, cfg, embedding_WD.dtype)
     x_BTD = embedding_WD[token_BT]
@@ -550,8 +537,7 @@ def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
       #839 was never answered). Likewise module k + 1 takes h^k after `shared_head.norm`, as in HF; DeepSeek-V3
       has one module only;
     - a pair's position is i. Only differences of positions matter, so i + 1 (HF) gives the same;
-    - no embedding is masked at position 0 (vLLM masks one: its issue 33299).
-    """
+    - no embedding is masked at position 0 (vLLM masks one: its issue 33299)."""
     layer = cfg.num_hidden_layers + k - 1
     name = f"model.layers.{layer}"
     pos = positions(token_BT, start_B, cfg, h_BTD.dtype)
@@ -580,8 +566,7 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
     of the first 10 trillion tokens, and its alpha (section 4.2).
 
     Returns the loss and its parts, without lambda and alpha: {"main", "mtp": [L^1, L^2, ...], "balance", "load": {name
-    of the gate: load_E}}; the loads are what `update_bias` needs. The biases only choose, so their gradient is 0.
-    """
+    of the gate: load_E}}; the loads are what `update_bias` needs. The biases only choose, so their gradient is 0."""
     token_BX = xp.asarray(token_BX)
     T, depth = token_BX.shape[1] - 1, mtp_depth(w, cfg)
     with recording() as named:
@@ -603,8 +588,15 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 
 # ---- 8. What generation runs: latent cache, absorption, chosen experts, products -----------------------------------
 # The same model, where a cache is given. Each piece says why it is equal to its definition in part I. A port needs
-# `Cache`, `mla_absorbed` (with `attention` and an einsum) and `moe_computed` (its second branch); the rest is for speed
+# `Cache`, `mla_absorbed` (with `attention` and an einsum) and `moe_computed` (its last branch); the rest is for speed
 # or memory.
+
+EXPANDED = 2**29  # at most so many elements of expanded keys and values
+SCORES = 2**18  # held at a time, as many as fit a core's cache
+QUERIES = 256  # at least about so many (tokens times heads of one key) at a time, however many scores that makes
+EACH = 2  # tokens up to which each choice is computed by itself on the CPU, which spares sorting them by expert
+FEW = 16  # tokens up to which a GPU reads an expert once per choice, so that its host need not wait for the choices
+ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
 
 
 class Cache:
@@ -612,14 +604,13 @@ class Cache:
 
     Equal because attention is causal: no later token changes an entry. An entry's index is its position, and a query
     sees no index beyond its own, so what stands behind a row's last token, such as a rejected draft, is not seen before
-    it is overwritten. Entry i of MTP module k is of the pair (h_i^{k-1}, t_{i+k}).
-    """
+    it is overwritten. Entry i of MTP module k is of the pair (h_i^{k-1}, t_{i+k})."""
 
     def __init__(self, batch, capacity):
         self.batch, self.capacity, self.layers = batch, capacity, {}
 
     def append(self, layer, kv_BTL, pos):
-        """Write the tokens at their positions, padding as 0 -> all entries up to the last position, (B, S, L)."""
+        """Write the tokens at their positions, padding as 0 -> the entries of positions 0 to S - 1, (B, S, L)."""
         if layer not in self.layers:
             self.layers[layer] = xp.zeros((self.batch, self.capacity, kv_BTL.shape[-1]), kv_BTL.dtype)
         self.layers[layer][pos.row_B1, pos.pos_BT] = xp.where(pos.real_BT[:, :, None], kv_BTL, 0)
@@ -632,8 +623,7 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once per query instead of once per cached token. All
     heads then share the keys [c ; k_R], which is the cache's entry as it lies, and the values c: multi-query attention
     with heads of size L, whose result W_UV expands at the end. Were the key rotated by its position s, R_s W_UK c, its
-    absorbed query W_UK^T R_s^T q would differ for every s: that is why k_R is decoupled, eq. (3).
-    """
+    absorbed query W_UK^T R_s^T q would differ for every s: that is why k_R is decoupled, eq. (3)."""
     up_HXC = w[f"{name}.kv_b_proj.weight"].reshape(cfg.num_attention_heads, -1, cfg.kv_lora_rank)
     w_uk_HNC, w_uv_HVC = up_HXC[:, : cfg.qk_nope_head_dim], up_HXC[:, cfg.qk_nope_head_dim :]
     q_BTHC = per_head(q_nope_BTHN, w_uk_HNC)  # W_UK^T q
@@ -660,17 +650,11 @@ def mla_computed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     return mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attend)
 
 
-EXPANDED = 2**29  # at most so many elements of expanded keys and values
-SCORES = 2**18  # held at a time, as many as fit a core's cache
-QUERIES = 256  # at least about so many (tokens times heads of one key) at a time, however many scores that makes
-
-
 def attend(q_BTHX, k_BSJX, v_BSJY, visible_BTS, scale):
     """= attention, a few heads and queries at a time, so that only few scores are held.
 
     The queries that share a key head meet it in one product. Scores are overwritten by their exponentials; the division
-    by their sum comes last, after the product with the values, as that is linear.
-    """
+    by their sum comes last, after the product with the values, as that is linear."""
     (B, T, H, X), (S, J, Y) = q_BTHX.shape, v_BSJY.shape[1:]
     shared = H // J
     q = (wide(q_BTHX) * scale).reshape(B, T, J, shared, X).swapaxes(1, 2)
@@ -700,12 +684,11 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
     """= moe_all, which adds 0 for all others: each chosen expert sees only the tokens that chose it."""
     K, index_X = cfg.num_experts_per_tok, index_BTK.ravel()  # X = M K choices
     x_MD, gate_MK = x_BTD.reshape(-1, x_BTD.shape[-1]), gate_BTK.reshape(-1, K).astype(x_BTD.dtype, copy=False)
-    if xp is np:
-        form, fits = linear_gathered, cfg.hidden_size * cfg.moe_intermediate_size <= SMALL
-    else:
-        form, fits = linear_chosen, f"{name}.experts.gate_proj.weight" in w
-    if fits and len(x_MD) <= FEW:
-        y_XD = swiglu(x_MD, w, f"{name}.experts", functools.partial(form, index_X))
+    if xp is np and len(x_MD) <= EACH:
+        each = [swiglu(x_MD[c // K, None], w, f"{name}.experts.{e}") for c, e in enumerate(index_X)]
+        y_XD = np.concatenate(each)
+    elif len(x_MD) <= FEW and f"{name}.experts.gate_proj.weight" in w:
+        y_XD = swiglu(x_MD, w, f"{name}.experts", functools.partial(linear_chosen, index_X))
     else:
         order_X = xp.argsort(index_X, kind="stable")  # the choices by expert
         load_E = to_host(expert_load(index_BTK, cfg))
@@ -724,20 +707,9 @@ def linear_by_expert(load_E, x_XY, w, name):
     ])  # fmt: skip
 
 
-FEW = 16  # up to so many tokens, an expert's matrix is read once per choice. A GPU's host need not wait for the choices
-SMALL = 2**16  # On NumPy only matrices up to so many elements: copying them takes less time than a call for each
-
-
-def linear_gathered(index_X, x, w, name):
-    """`linear` with the matrix of each choice's expert; they are copied side by side, for one call. x has one row per
-    choice, or one per token, which its K choices share."""
-    each = [w[f"{name.replace('.experts.', f'.experts.{e}.')}.weight"] for e in index_X]
-    w_XZY = np.stack([matrix.reshape(*matrix.shape) for matrix in each])  # whole, if it lies on disk
-    return (w_XZY @ np.repeat(x, len(index_X) // len(x), axis=0)[:, :, None])[..., 0]
-
-
 def linear_chosen(index_X, x, w, name):
-    """`linear_gathered` on a GPU: a layer's experts lie in one array (so section 9 lays them), and are read there."""
+    """`linear` with the matrix of each choice's expert, on a GPU: a layer's experts lie in one array (so section 9 lays
+    them), and are read there. x has one row per choice, or one per token, which its K choices share."""
     w_EZY = w[f"{name}.weight"]
     Z, Y = w_EZY.shape[1:]
     out_XZ = xp.empty((len(index_X), Z), x.dtype)
@@ -791,9 +763,6 @@ class Matrix:
         return self.array
 
 
-ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
-
-
 def product(x, w):
     """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
     x and a w larger than a core's cache go as (W x^T)^T; up to 4 rows and a w that BLAS leaves to one core, as dot
@@ -814,6 +783,7 @@ def product(x, w):
 ONLY = {  # the implemented values of keys that would change the result, first what an absent key means
     "model_type": ["deepseek_v3", "kimi_k2", "deepseek_v2"], "hidden_act": ["silu"], "moe_layer_freq": [1],
     "rope_scaling.type": ["default", "yarn"], "rope_scaling.partial_rotary_factor": [1.0],
+    "rope_scaling.attention_factor": [None],
     "quantization_config.quant_method": ["fp8"], "quantization_config.fmt": ["e4m3"],
     "quantization_config.weight_block_size": [[128, 128]],
 }  # fmt: skip
@@ -1055,8 +1025,7 @@ class Checkpoint:
     """The weights in a directory: tensor name -> array of `xp` in `dtype`, or a Matrix; decoded when first used.
 
     Only the tensors of `tensor_shapes` are members, each checked at once; absent MTP modules have none. memory:
-    bytes that decoded matrices may take, by default 70 % of what is free; first come, first kept. Raises InputError.
-    """
+    bytes that decoded matrices may take, by default 70 % of what is free; first come, first kept. Raises InputError."""
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
         self.loaded, self.stored = {}, read_shards(directory)
@@ -1195,12 +1164,11 @@ def pad(rows):
 
 def forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk, k=0, h_BXD=None):
     """`forward`, or for k > 0 `mtp` of module k from states h, with `chunk` positions going through at a time."""
-
-    def step(part):
+    parts = []
+    for part in slices(token_BT.shape[1], chunk):
         given = token_BT[:, part], w, cfg, cache, start_B + part.start
-        return mtp(k, h_BXD[:, part], *given) if k else forward(*given)
-
-    return xp.concatenate([step(part) for part in slices(token_BT.shape[1], chunk)], axis=1)
+        parts.append(mtp(k, h_BXD[:, part], *given) if k else forward(*given))
+    return xp.concatenate(parts, axis=1)
 
 
 def logits_from(first, count, h_BTD, w, cfg):
@@ -1239,8 +1207,7 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
 
     With t_n the last token, the main model sees [t_n, draft of t_n+1] in one pass. If `verify` accepts the draft, both
     it and the token after it are known; if not, the token in its place, and the draft's cache entry is overwritten. Now
-    each verified state h_i has its next token: the MTP module sees these pairs, at positions i, and drafts again.
-    """
+    each verified state h_i has its next token: the MTP module sees these pairs, at positions i, and drafts again."""
     sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     check_prompts(prompts, cfg, max_tokens)
     speculate = speculate and mtp_depth(w, cfg)
@@ -1284,8 +1251,7 @@ def trace(prompts, w, cfg, chunk=CHUNK):
 
     chunk: how many tokens enter the latent cache at a time; None: the definition, all at once and without a cache. The
     names are the paths of the checkpoint's modules; of several prompts, prefixed "{n}/". MTP module k sees the pairs
-    within the prompt, so its arrays have T - k rows.
-    """
+    within the prompt, so its arrays have T - k rows."""
     check_prompts(prompts, cfg, 0)
     token_BT = pad(prompts)
     B, T = token_BT.shape
@@ -1311,8 +1277,7 @@ def write_trace(path, named):
                 np.savez(file, **named)
         part.replace(path)
     finally:
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------------------------

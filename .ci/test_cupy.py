@@ -197,6 +197,9 @@ def strict(name, function, parameters, *owner):
             Device.traffic.update(uploads=1, uploaded=x.nbytes)
             return to_device(x)
         x = function(*to_host(args), **{key: to_host(value) for key, value in kwargs.items()})
+        if name == "view" and x.dtype.kind == "c":  # a kernel reads a complex number at once
+            aligned = x.ctypes.data % x.itemsize == 0 and not any(step % x.itemsize for step in x.strides)
+            assert aligned, "a misaligned address"
         if "out" in kwargs or name == "copyto":
             Device.traffic["launches"] += 1
         if name in ("concatenate", "stack") and len(args[0]) > 8:
@@ -249,7 +252,8 @@ def device(monkeypatch):
 
 def plain_chosen(index_X, x, w, name):
     """`linear_chosen`, for NumPy."""
-    return (w[f"{name}.weight"][index_X] @ np.repeat(x, len(index_X) // len(x), axis=0)[:, :, None])[..., 0]
+    share, w_EZY = len(index_X) // len(x), w[f"{name}.weight"]
+    return np.concatenate([x[c // share, None] @ w_EZY[e].T for c, e in enumerate(index_X)])
 
 
 # ---- The stand-in is as strict as CuPy -----------------------------------------------------------------------------
@@ -263,6 +267,7 @@ def plain_chosen(index_X, x, w, name):
     lambda xp, a: xp.clip(a, min=0), lambda xp, a: a[np.array([True])], lambda xp, a: a[[0]], lambda xp, a: a.ctypes,
     lambda xp, a: a.__setitem__(xp.asarray(np.array([0, 0])), 1.0), lambda xp, a: a.__setitem__(0, np.ones(())),
     lambda xp, a: a.__iadd__(np.ones(3)), lambda xp, a: xp.errstate, lambda xp, a: range(xp.asarray(3)),
+    lambda xp, a: xp.arange(3.0)[1:].view(np.complex128),
 ])  # fmt: skip
 def test_stand_in_refuses_what_cupy_refuses(breach):
     xp = Strict()
@@ -316,8 +321,7 @@ def test_cupys_rules_leave_numpys_bits(tmp_path, monkeypatch, name, memory, dtyp
         cfg, prompts = replace(SMALL, vocab_size=4, num_nextn_predict_layers=1), [[1, 2, 3, 0, 1], [3]]
         directory = write_stored(tmp_path / "w", cfg, quantised(make_weights(cfg)))
     monkeypatch.setattr(dsv3, "product", lambda x, w: x @ w.swapaxes(-1, -2))  # NumPy has forms of its own
-    if memory == 0:  # then a GPU has no experts in one array
-        monkeypatch.setattr(dsv3, "SMALL", 0)
+    monkeypatch.setattr(dsv3, "EACH", dsv3.FEW if memory is None else 0)  # so a GPU, with experts in one array or not
     expected = everything(directory, cfg, prompts, dtype, memory)
     monkeypatch.setattr(dsv3, "xp", Strict())
     got = everything(directory, cfg, prompts, dtype, memory)

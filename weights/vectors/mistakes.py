@@ -557,12 +557,13 @@ simple("self_attn.kv_latent", "attention_bias", {
 
 def expanded(wrong):
     """wrong(k_BSHX, v_BSHV, cfg), of the keys and values of all heads."""
-    right = dsv3.mla_expand
+    right, attention = dsv3.mla_naive, dsv3.attention
 
-    def mla_expand(kv_BSL, w, name, cfg):
-        return wrong(*right(kv_BSL, w, name, cfg), cfg)
+    def mla_naive(*args):
+        cfg = args[5]
+        return right(*args[:7], attention=lambda q, k, v, *rest: attention(q, *wrong(k, v, cfg), *rest))
 
-    return {"mla_expand": mla_expand}
+    return {"mla_naive": mla_naive}
 
 
 def visible(wrong):

@@ -128,7 +128,7 @@ function rope_frequencies({ qk_rope_head_dim: R, rope_theta: theta, rope_scaling
 
 /** YaRN's factor on cos and sin. */
 function rope_magnitude({ rope_scaling: yarn }) {
-  if (!yarn || yarn.attention_factor) return yarn?.attention_factor ?? 1;
+  if (!yarn) return 1;
   if (!yarn.mscale || !yarn.mscale_all_dim) return yarn_mscale(yarn.factor, 1);
   return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim);
 }
