@@ -629,6 +629,15 @@ def test_rope_phases_are_exact_at_the_last_position():
     assert_close(pos.rotation_BTP[0, 0].imag, np.sin(angles), 1e-10)
 
 
+def test_rope_of_what_a_large_matrix_gives():
+    """Few rows times a large matrix are computed as (W x^T)^T; the pairs must lie side by side all the same."""
+    cfg, rng = replace(SMALL, hidden_size=700, kv_lora_rank=196), np.random.default_rng(0)
+    w = {"a.kv_a_proj_with_mqa.weight": rng.standard_normal((200, 700)), "a.kv_a_layernorm.weight": np.ones(196)}
+    x, pos = rng.standard_normal((1, 6, 700)), dsv3.positions(np.ones((1, 6), int), None, cfg, np.float64)
+    computed = {name: dsv3.Matrix(tensor) if tensor.ndim == 2 else tensor for name, tensor in w.items()}
+    assert_close(dsv3.mla_latent(x, computed, "a", cfg, pos), dsv3.mla_latent(x, w, "a", cfg, pos))
+
+
 def test_yarn_of_the_671b_model_in_numbers():
     """Frequencies of the ramp (factor 40, original context 4096), and mscale squared in the scale."""
     cfg = dsv3.Config()
@@ -1516,6 +1525,7 @@ DAMAGE = {  # what was done -> how, and the word that the refusal must have
     "missing tensor": (lambda d: restore(d, **{NORM: None}), NORM),
     "integers": (lambda d: restore(d, **{NORM: np.ones(22, np.int32)}), NORM),
     "wrong shape": (lambda d: restore(d, **{"lm_head.weight": np.ones((22, 31), np.float32)}), "lm_head.weight"),
+    "larger shape": (lambda d: restore(d, **{"lm_head.weight": np.ones((32, 22), np.float32)}), "lm_head.weight"),
     "FP8 without scales": (lambda d: restore(d, **{SCALE: None}), SCALE),
     "scales of another grid": (lambda d: restore(d, **{SCALE: np.ones((2, 1), np.float32)}), SCALE),
     "scales in F64": (lambda d: restore(d, **{SCALE: np.ones((1, 1))}), SCALE),

@@ -227,6 +227,7 @@ class Strict:
         def launch(grid, block, args):
             x, w, index, out = map(to_host, args[:4])
             assert args[4:6] == w.shape[1:] and args[6] == len(index) / len(x)
+            assert block == (32, 4) and grid == (math.ceil(w.shape[1] / 4), len(index))
             assert out.dtype == x.dtype == w.dtype and index.dtype == np.int64
             assert all(a.flags.c_contiguous for a in (x, w, index, out))
             out[...] = plain_chosen(index, x, {".weight": w}, "")

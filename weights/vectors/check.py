@@ -117,7 +117,7 @@ def main(argv=None):
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="how the port is called, without the directory")
     parser.add_argument("--case", action="append", metavar="NAME", help="this case only; repeatable")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="to ask for (float64)")
-    parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds that a case may take (60)")
+    parser.add_argument("--timeout", type=int, default=60, metavar="S", help="seconds that a case may take (60)")
     parser.add_argument("--keep", type=Path, metavar="DIR",
                         help="leave the cases' files there, a directory each; without COMMAND only these")
     parser.add_argument("--list", action="store_true", help="say what the cases are")
