@@ -1114,6 +1114,7 @@ def test_generation_fills_the_context_to_its_last_position():
     w, prompts = make_weights(cfg), [[1] * 8, [2]]
     assert generated(prompts, w, cfg, 4) == generated(prompts, w, GUESSABLE, 4, speculate=False)
     assert generated([[1] * 12], w, cfg, 0) == [[]]
+    assert dsv3.trace([[1] * 12], w, cfg)["lm_head"].shape == (12, 4)
     with pytest.raises(dsv3.InputError, match="prompt 0 has 9 tokens"):
         generated([[1] * 9], w, cfg, 4)
 
