@@ -596,7 +596,6 @@ SCORES = 2**18  # held at a time, as many as fit a core's cache
 QUERIES = 256  # at least about so many (tokens times heads of one key) at a time, however many scores that makes
 EACH = 2  # tokens up to which each choice is computed by itself on the CPU, which spares sorting them by expert
 FEW = 16  # tokens up to which a GPU reads an expert once per choice, so that its host need not wait for the choices
-ONE_CORE = 460_800  # elements of a matrix up to which OpenBLAS multiplies it by a vector on one core
 
 
 class Cache:
@@ -765,11 +764,9 @@ class Matrix:
 
 def product(x, w):
     """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
-    x and a w larger than a core's cache go as (W x^T)^T; up to 4 rows and a w that BLAS leaves to one core, as dot
-    products, which stream it faster. Beyond two axes CuPy copies the transposed operand: let that be the smaller."""
+    x and a w larger than a core's cache go as (W x^T)^T, which is faster. Beyond two axes CuPy copies the transposed
+    operand: let that be the smaller."""
     M, size = x.shape[-2], w.shape[-2] * w.shape[-1]
-    if xp is np and M <= 4 and 2**17 < size <= ONE_CORE:
-        return np.vecdot(w[..., None, :, :], x[..., None, :])
     if (M <= 192 and size > 2**17) if xp is np else (x.ndim > 2 and x.size < w.size):
         return (w @ x.swapaxes(-1, -2)).swapaxes(-1, -2)
     return x @ w.swapaxes(-1, -2)
