@@ -274,7 +274,7 @@ def rope(x, rotation, interleave=True):
 
     In the released weights the pairs are neighbours, (2j, 2j+1). HF reorders queries and keys to halves first, which
     leaves every score as it is but caches a permuted key; `rope_interleave` false means weights stored as halves."""
-    if interleave:  # (a, b) lies in memory as a + ib does (CuPy wants it at an even place: N and C are even)
+    if interleave:  # (a, b) lies in memory as a + ib does; on a GPU it must lie at an even place, so N and C be even
         z = wide(x).view(np.result_type(x.dtype, np.complex64)) * rotation
         return z.view(z.real.dtype).astype(x.dtype, copy=False)
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
@@ -747,7 +747,8 @@ class Matrix:
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
 
     def __rmatmul__(self, x):
-        return xp.ascontiguousarray(self.times(x.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
+        y_MY = xp.ascontiguousarray(self.times(x.reshape(-1, x.shape[-1])))  # `rope` needs pairs side by side
+        return y_MY.reshape(*x.shape[:-1], -1)
 
     def __getitem__(self, ids):
         return self.array[xp.asarray(ids)]
@@ -1019,10 +1020,12 @@ def system_bytes(path, key):
 
 
 class Checkpoint:
-    """The weights in a directory: tensor name -> array of `xp` in `dtype`, or a Matrix; decoded when first used.
+    """The weights in a directory: tensor name -> array of `xp` in `dtype` (a router's in float32 or better), or a
+    Matrix of it; decoded when first used.
 
-    Only the tensors of `tensor_shapes` are members, each checked at once; absent MTP modules have none. memory:
-    bytes that decoded matrices may take, by default 70 % of what is free; first come, first kept. Raises InputError."""
+    Members are the tensors of `tensor_shapes`, each checked at once, without absent MTP modules; on a GPU also what
+    `stack_experts` adds. memory: bytes that decoded matrices may take, by default 70 % of what is free; first come,
+    first kept. Raises InputError."""
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
         self.loaded, self.stored = {}, read_shards(directory)

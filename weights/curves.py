@@ -1,7 +1,7 @@
 """Draw curves.svg from the logs of a run of train.py and of its control, and print the figures of README.md.
 
     pip install numpy matplotlib
-    python weights/curves.py weights/state/log.jsonl [control/state/log.jsonl]
+    python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
 
 The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
 1,000 steps of the shorter one.
@@ -36,11 +36,14 @@ def main(paths):
     runs = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
     loads = [np.array([step["load"] for step in run], float) for run in runs]
     end = min(map(len, runs))
-    names = ["with the bias update", "without"][: len(runs)]
+    names = ["with the bias update", "without"]
     for name, load_SLE in zip(names, loads, strict=True):
         worst = violation(load_SLE)
         print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
               f"{worst[end - LAST:end].mean():.2f}, its last 1000 {worst[-1000:].mean():.2f}")  # fmt: skip
+    for name, run in zip(names, runs, strict=True):
+        *_, last = (step for step in run[:end] if "validation_bits_per_byte" in step)
+        print(f"bits a byte {name}: {last['validation_bits_per_byte']:.3f} at step {last['step']}")
 
     layers = loads[0].shape[1]
     figure = plt.figure(figsize=(10, 6), layout="constrained")
@@ -59,7 +62,7 @@ def main(paths):
     balance.set(title="MaxVio, mean of the layers", xlabel="step", ylim=(0, None))
     balance.legend()
     for layer, axes in enumerate(bottom.subplots(1, layers, sharey=True)):
-        for name, load_SLE, shift in zip(names, loads, (-0.2, 0.2), strict=False):
+        for name, load_SLE, shift in zip(names, loads, (-0.2, 0.2), strict=True):
             load_E = load_SLE[end - LAST : end, layer].sum(0)
             axes.bar(np.arange(load_E.size) + shift, np.sort(load_E / load_E.mean())[::-1], 0.4, label=name)
         axes.axhline(1, color="black", linewidth=0.5)

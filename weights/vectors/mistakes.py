@@ -296,8 +296,7 @@ def as_it_is(x, rotation, interleave):
 simple("self_attn.q_rope", "v3_yarn attention_bias", {
     "RoPE pairs other elements (halves for neighbours, or the reverse)":
         lambda: config(lambda cfg: {"rope_interleave": not cfg.rope_interleave}),
-    "RoPE turns the other way":
-        lambda: rotation(backwards),
+    "RoPE turns the other way": lambda: rotation(backwards),
     "nothing is rotated": lambda: rotation(as_it_is),
     "positions count from 1": lambda: turned(lambda pos, cfg: (pos + 1)[..., None] * dsv3.rope_frequencies(cfg)),
     "frequencies are theta^(-j/R)": lambda: frequencies(
@@ -324,8 +323,6 @@ def one_rotation(part, wrong):
         return (wrong if x.ndim == axes else RIGHT_ROPE)(x, rotation, interleave)
 
     return {"rope": rope}
-
-
 
 
 simple("self_attn.q_rope", "v3_yarn", {
