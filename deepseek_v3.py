@@ -698,12 +698,16 @@ def moe_computed(x_BTD, w, name, index_BTK, gate_BTK, cfg):
 
 
 def linear_by_expert(load_E, x_XY, w, name):
-    """`linear` with the matrix of each row's expert, for rows in the order of experts, load_E[e] of each."""
-    end_E = np.cumsum(load_E)
-    return xp.concatenate([
-        linear(x_XY[end_E[e] - load_E[e] : end_E[e]], w, name.replace(".experts.", f".experts.{e}."))
-        for e in np.flatnonzero(load_E)
-    ])  # fmt: skip
+    """`linear` with the matrix of each row's expert, for rows in the order of experts, load_E[e] of each. On a GPU each
+    product goes to its place at once: to join so many parts, CuPy would upload where they lie."""
+    end_E, stack = np.cumsum(load_E), f"{name}.weight"
+    rows = {e: slice(end_E[e] - load_E[e], end_E[e]) for e in np.flatnonzero(load_E)}
+    if stack not in w:
+        return xp.concatenate([linear(x_XY[rows[e]], w, name.replace("experts", f"experts.{e}")) for e in rows])
+    out_XZ = xp.empty((len(x_XY), w[stack].shape[1]), x_XY.dtype)
+    for e in rows:
+        xp.matmul(x_XY[rows[e]], w[stack][e].T, out=out_XZ[rows[e]])
+    return out_XZ
 
 
 def linear_chosen(index_X, x, w, name):

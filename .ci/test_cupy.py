@@ -196,11 +196,13 @@ def strict(name, function, parameters, *owner):
             x = np.array(*args, **kwargs)
             Device.traffic.update(uploads=1, uploaded=x.nbytes)
             return to_device(x)
+        if name == "matmul" and "out" in kwargs:  # else CuPy makes a copy
+            assert kwargs["out"].host.flags.c_contiguous and kwargs["out"].host.dtype == args[0].host.dtype
         x = function(*to_host(args), **{key: to_host(value) for key, value in kwargs.items()})
         if name == "view" and x.dtype.kind == "c":  # a kernel reads a complex number at once
             aligned = x.ctypes.data % x.itemsize == 0 and not any(step % x.itemsize for step in x.strides)
             assert aligned, "a misaligned address"
-        if "out" in kwargs or name == "copyto":
+        if name == "copyto" or any(kwargs.get("out") is x for x in args):  # what `counted` takes for a view
             Device.traffic["launches"] += 1
         if name in ("concatenate", "stack") and len(args[0]) > 8:
             equal = len({part.host.shape for part in args[0]}) == 1
@@ -460,7 +462,7 @@ def test_launches_and_uploads_of_a_chunk_with_v3s_structure(device, monkeypatch)
     dsv3.forward_in_chunks(np.full((1, 1024), 3), w, cfg, dsv3.Cache(1, 1024), np.zeros(1, int), 1024)
     print(dict(device))
     assert device["launches"] <= 60_000 and device["waits"] <= 61
-    assert device["uploads"] <= 4 + 3 * 58  # three joins of equal parts in each layer
+    assert device["uploads"] <= 4
 
 
 @pytest.mark.parametrize("tokens", [1, 8, dsv3.FEW, dsv3.FEW + 1])
