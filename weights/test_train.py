@@ -134,7 +134,7 @@ def log_of(out):
     return [json.loads(line) for line in (out / "state" / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, capfd):
     """Stopped after its second save, begun for more steps than it then takes: it ends with the same bytes, since only
     the decay depends on the number of steps."""
     command = tiny(monkeypatch, tmp_path)
@@ -154,7 +154,8 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
         with pytest.raises(KeyboardInterrupt):
             train.main([*command, str(parts), "--steps", "9"])
     train.main([*command, str(parts), "--steps", "6"])
-    assert "from step 2" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "from step 2" in said.out and said.err.count("accepted") == 2  # of the drafts, when a run ends
     assert [entry["step"] for entry in log_of(parts)] == list(range(1, 7))
     assert log_of(parts) == log_of(whole) and "validation_bits_per_byte" in log_of(whole)[3]
     files = sorted(path.name for path in whole.iterdir() if path.is_file())

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -292,6 +293,13 @@ def save_state(file, state, entries):
         log.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
+def print_acceptance(out, stories):
+    """The program's own line of statistics: drafts and acceptances in greedy continuations of first sentences."""
+    prompts = [f"--prompt={story[: story.find('.') + 1]}" for story in stories]
+    command = [sys.executable, ROOT / "deepseek_v3.py", "--weights", out, "-n", "150", "--mtp", "--device", "cpu"]
+    subprocess.run([*command, *prompts], stdout=subprocess.DEVNULL, check=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="stories, each followed by a line <|endoftext|>")
@@ -342,6 +350,7 @@ def main(argv=None):
     bits = validation_bits(params | state["biases"], tokenizer, held_out)
     write_checkpoint(args.out, params, state["biases"])
     print(f"{bits:.4f} bits a byte on {len(held_out)} held-out stories, weights rounded to BF16")
+    print_acceptance(args.out, held_out[:60])
 
 
 if __name__ == "__main__":
