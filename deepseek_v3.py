@@ -740,33 +740,6 @@ def chosen_kernel(dtype):
         }}""", "chosen")  # fmt: skip
 
 
-class Matrix:
-    """A checkpoint's weight (Y, X), which multiplies by `product`. The model asks three things of it: x @ matrix.T, the
-    rows of some ids (of an embedding), and a reshape to heads. `Stored` (section 9) is one that lies on disk."""
-
-    __array_ufunc__ = None  # so that NumPy and CuPy leave x @ matrix to __rmatmul__
-    T = property(lambda self: self)  # x @ matrix.T is the only product asked for, and __rmatmul__ is it
-
-    def __init__(self, array):
-        self.array, self.shape, self.dtype = array, array.shape, array.dtype
-
-    def __rmatmul__(self, x):
-        y_MY = xp.ascontiguousarray(self.times(x.reshape(-1, x.shape[-1])))  # `rope` needs pairs side by side
-        return y_MY.reshape(*x.shape[:-1], -1)
-
-    def __getitem__(self, ids):
-        return self.array[xp.asarray(ids)]
-
-    def reshape(self, *shape):
-        return self.whole().reshape(*shape)
-
-    def times(self, x_MX):
-        return product(x_MX, self.array)
-
-    def whole(self):
-        return self.array
-
-
 def product(x, w):
     """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
     x and a w larger than a core's cache go as (W x^T)^T, which is faster. Beyond two axes CuPy copies the transposed
@@ -930,6 +903,33 @@ def dequantize(code, scale):
     return out
 
 
+class Matrix:
+    """A weight (Y, X) in memory, which multiplies by `product`. The model asks three things of it: x @ matrix.T, the
+    rows of some ids (of an embedding), and a reshape to heads."""
+
+    __array_ufunc__ = None  # so that NumPy and CuPy leave x @ matrix to __rmatmul__
+    T = property(lambda self: self)  # x @ matrix.T is the only product asked for, and __rmatmul__ is it
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __rmatmul__(self, x):
+        y_MY = xp.ascontiguousarray(self.times(x.reshape(-1, x.shape[-1])))  # `rope` needs pairs side by side
+        return y_MY.reshape(*x.shape[:-1], -1)
+
+    def __getitem__(self, ids):
+        return self.array[xp.asarray(ids)]
+
+    def reshape(self, *shape):
+        return self.whole().reshape(*shape)
+
+    def times(self, x_MX):
+        return product(x_MX, self.array)
+
+    def whole(self):
+        return self.array
+
+
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # how NumPy views the bytes
 BAND = 2**22  # elements that a thread decodes at a time, 16 MB in float32
 THREADS = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -942,11 +942,6 @@ class Stored(Matrix):
     def __init__(self, file, kind, shape, offset):
         self.file, self.kind, self.shape, self.offset = file, kind, shape, offset  # file: its bytes, mapped into memory
         self.dtype, self.scale = np.dtype(np.float32), None  # of the computation; the Stored scales of an FP8 tensor
-
-    @property
-    def array(self):
-        """As stored, mapped: BF16 as uint16, FP8 as uint8."""
-        return np.ndarray(self.shape, STORED[self.kind], self.file, self.offset)
 
     def __getitem__(self, rows):
         """Some rows: BF16 and FP8 exactly, as float32, then in dtype. A slice of FP8 must begin with a block."""
@@ -1048,7 +1043,7 @@ class Checkpoint:
             return self.loaded[name]
         stored = self.stored[name]
         if xp is np and STORED[stored.kind] == stored.dtype.str:  # nothing to decode: it stays mapped
-            found = stored.array
+            found = np.ndarray(stored.shape, stored.dtype, stored.file, stored.offset)
         elif len(stored.shape) == 2 and math.prod(stored.shape) * stored.dtype.itemsize > self.room:
             return stored
         else:
@@ -1312,7 +1307,8 @@ def inspect(cfg):
     print(f"parameters of MTP modules     {modules:>19,}  beside the shared embedding and head")
     print(f"cache elements per token      {latent * layers:>19,}  {2 * latent * layers:,} bytes in BF16")
     for label, heads in (("MHA", H), ("GQA, 8 key heads", 8), ("MQA", 1)):
-        print(f"  with {label:<22} {heads * pair * layers:>19,}  {heads * pair / latent:.1f} times as many")
+        if heads <= H:
+            print(f"  with {label:<22} {heads * pair * layers:>19,}  {heads * pair / latent:.1f} times as many")
 
 
 class Text:
