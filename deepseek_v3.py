@@ -885,19 +885,26 @@ def tensor_shapes(cfg):
     return shapes
 
 
+def e4m3_values():
+    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN.
+
+    >>> e4m3_values()[[0x00, 0x38, 0x39, 0x7E, 0x7F, 0xC0]].tolist()
+    [0.0, 1.0, 1.125, 448.0, nan, -2.0]
+    """
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, (code & 7) / 8
+    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    value[code & 127 == 127] = np.nan
+    return np.where(code < 128, value, -value).astype(np.float32)
+
+
 BLOCK = 128  # an FP8 weight has one scale for each block of 128 x 128, the last of a row or column cropped
 
 
 def dequantize(code, scale):
     """FP8 codes (Y, X) and their `weight_scale_inv` (ceil(Y / 128), ceil(X / 128)) -> float32. The scale multiplies,
-    whatever `inv` suggests: one float32 product is the definition. The format, e4m3fn: sign, 4 bits of exponent (bias
-    7), 3 of mantissa; no infinity, 0x7f is NaN."""
-    byte = np.arange(256)
-    exponent, mantissa = byte >> 3 & 15, (byte & 7) / 8
-    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
-    value[byte & 127 == 127] = np.nan
-    value = xp.asarray(np.where(byte < 128, value, -value).astype(np.float32))
-    out = xp.empty(code.shape, np.float32)
+    whatever `inv` suggests: one float32 product is the definition."""
+    value, out = xp.asarray(e4m3_values()), xp.empty(code.shape, np.float32)
     for rows, scale_X in zip(slices(code.shape[0], BLOCK), scale, strict=True):
         out[rows] = xp.take(value, code[rows]) * xp.repeat(scale_X, BLOCK)[: code.shape[1]]
     return out
@@ -988,11 +995,18 @@ def read_safetensors(path):
 
 
 def read_shards(directory):
-    """All tensors of a directory, name -> Stored. Each file says itself what it holds, so the index that lies beside
-    shards is not needed; a weight and its scale may lie in different files."""
-    paths = sorted(Path(directory).glob("*.safetensors"))
-    require(paths, f"{directory} holds no *.safetensors; --weights takes a checkpoint in the Hugging Face layout")
-    return {name: stored for path in paths for name, stored in read_safetensors(path).items()}
+    """All tensors of a directory, name -> Stored. The index, if there is one, says which file holds which; a weight and
+    its scale may lie in different files."""
+    index = Path(directory, "model.safetensors.index.json")
+    if not index.exists():
+        return read_safetensors(Path(directory, "model.safetensors"))
+    weight_map = read_json(index).get("weight_map")
+    require(isinstance(weight_map, dict), f"{index} lacks weight_map, which says which tensor is in which file")
+    for shard in weight_map.values():
+        plain = isinstance(shard, str) and shard.isprintable() and os.path.basename(shard) == shard != ""
+        require(plain, f"{index}: {shard!r:.99} is not a plain file name; shards lie beside the index")
+    shards = {shard: read_safetensors(Path(directory, shard)) for shard in set(weight_map.values())}
+    return {name: shards[shard][name] for name, shard in weight_map.items() if name in shards[shard]}
 
 
 def system_bytes(path, key):

@@ -139,8 +139,8 @@ def config_json(cfg):
 
 
 def write_checkpoint(directory, cfg, w, shards=1, dtype=np.float32):
-    """A checkpoint in the Hugging Face layout: config.json; one file, or several. dtype: of the tensors, a NumPy one or
-    ml_dtypes.bfloat16."""
+    """A checkpoint in the Hugging Face layout: config.json; one file, or several and their index. dtype: of the
+    tensors, a NumPy one or ml_dtypes.bfloat16."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config_json(cfg)))
@@ -149,9 +149,11 @@ def write_checkpoint(directory, cfg, w, shards=1, dtype=np.float32):
         save_file(stored, directory / "model.safetensors")
         return directory
     names = sorted(stored)
-    for n in range(shards):
-        file = directory / f"model-{n + 1:05}-of-{shards:05}.safetensors"
-        save_file({name: stored[name] for name in names[n::shards]}, file)
+    files = {f"model-{n + 1:05}-of-{shards:05}.safetensors": names[n::shards] for n in range(shards)}
+    for file, held in files.items():
+        save_file({name: stored[name] for name in held}, directory / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 
@@ -1343,9 +1345,10 @@ def write_stored(directory, cfg, stored, shards=2):
     scale comes to lie in another file than its weight."""
     write_checkpoint(directory, cfg, {})
     (directory / "model.safetensors").unlink()
-    for n in range(shards):
-        names = sorted(stored)[n::shards]
-        save_file({name: stored[name] for name in names}, directory / f"model-{n + 1}-of-{shards}.safetensors")
+    weight_map = {name: f"model-{n % shards + 1}-of-{shards}.safetensors" for n, name in enumerate(sorted(stored))}
+    for shard in set(weight_map.values()):
+        save_file({name: x for name, x in stored.items() if weight_map[name] == shard}, directory / shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 
@@ -1493,6 +1496,10 @@ def edit_config(directory, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def index_says(directory, weight_map):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def restore(directory, **changes):
     """Write the tensors again, some of them changed or, if None, left out."""
     w = quantised(make_weights(SMALL)) | changes
@@ -1519,7 +1526,7 @@ DAMAGE = {  # what was done -> how, and the word that the refusal must have
     "overlap": (lambda d: edit_header(d, lambda h: h[NORM].update(data_offsets=[0, 88])), "model.safetensors"),
     "shape beyond the data": (lambda d: edit_header(d, lambda h: h[NORM].update(shape=[23])), "model.safetensors"),
     "huge shape": (lambda d: edit_header(d, lambda h: h[NORM].update(shape=[0, 2**70])), "model.safetensors"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "safetensors"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "missing tensor": (lambda d: restore(d, **{NORM: None}), NORM),
     "integers": (lambda d: restore(d, **{NORM: np.ones(22, np.int32)}), NORM),
     "wrong shape": (lambda d: restore(d, **{"lm_head.weight": np.ones((22, 31), np.float32)}), "lm_head.weight"),
@@ -1543,6 +1550,15 @@ DAMAGE = {  # what was done -> how, and the word that the refusal must have
     "a billion layers": (lambda d: edit_config(d, num_hidden_layers=10**9), "layers"),
     "a billion experts": (lambda d: edit_config(d, n_routed_experts=10**9), "experts"),
     "more experts": (lambda d: edit_config(d, n_routed_experts=4096), "mlp"),
+    "shard elsewhere": (lambda d: index_says(d, {NORM: "../model.safetensors"}), "index.json"),
+    "shard by its path": (lambda d: index_says(d, {NORM: str(d / "model.safetensors")}), "index.json"),
+    "shard the parent": (lambda d: index_says(d, {NORM: ".."}), ".."),
+    "shard without a name": (lambda d: index_says(d, {NORM: ""}), "safetensors"),
+    "shard of two lines": (lambda d: index_says(d, {NORM: "a\n\x1b[31mb"}), "index.json"),
+    "shard a number": (lambda d: index_says(d, {NORM: 1}), "index.json"),
+    "tensor not in its shard": (lambda d: index_says(d, {"x": "model.safetensors"}), "lacks"),
+    "index of a part": (lambda d: index_says(d, {"lm_head.weight": "model.safetensors"}), "model."),
+    "index without a map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "weight_map"),
 }
 
 
@@ -1614,16 +1630,16 @@ def edited_safetensors(draw, raw):
 def tensors_by_the_library(directory):
     """The decoded tensors of a directory of shards, by safetensors and ml_dtypes alone."""
     stored, kinds = {}, {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
-    for shard in sorted(directory.glob("*.safetensors")):
-        for name, entry in safetensors.deserialize(shard.read_bytes()):
-            if entry["dtype"] in kinds:
-                stored[name] = np.frombuffer(bytes(entry["data"]), kinds[entry["dtype"]]).reshape(entry["shape"])
+    for name, shard in json.loads((directory / "model.safetensors.index.json").read_bytes())["weight_map"].items():
+        entry = dict(safetensors.deserialize((directory / shard).read_bytes()))[name]
+        if entry["dtype"] in kinds:
+            stored[name] = np.frombuffer(bytes(entry["data"]), kinds[entry["dtype"]]).reshape(entry["shape"])
     return decoded(stored)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A sound checkpoint of one layer: config.json, two shards of FP8, BF16 and F32."""
+    """A sound checkpoint of one layer: config.json, an index, two shards of FP8, BF16 and F32."""
     cfg = replace(SMALL, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=2, num_experts_per_tok=1,
                   n_group=1, topk_group=1, n_shared_experts=0, num_nextn_predict_layers=0)  # fmt: skip
     directory = tmp_path_factory.mktemp("sound") / "w"
@@ -1654,9 +1670,9 @@ def test_checkpoint_fuzzed_is_read_as_the_library_does_or_refused(sound, data):
 
 def write_true_width(directory, layers, mtp):
     """A checkpoint in the release's form and widths, of random weights: FP8 except for embedding, head, norms and
-    routers; one shard per layer, written a piece at a time."""
+    routers; an index, and one shard per layer, written a piece at a time."""
     cfg = replace(dsv3.Config(), num_hidden_layers=layers, first_k_dense_replace=1, num_nextn_predict_layers=mtp)
-    rng, shards = np.random.default_rng(0), {}
+    rng, shards, weight_map = np.random.default_rng(0), {}, {}
     normal = rng.standard_normal(2**22, np.float32)
     halves, codes = normal.astype(ml_dtypes.bfloat16), (64 * normal).astype(ml_dtypes.float8_e4m3fn)
     for name, shape in dsv3.tensor_shapes(cfg).items():
@@ -1674,6 +1690,7 @@ def write_true_width(directory, layers, mtp):
         for name, (dtype, shape, x) in tensors.items():
             begin, end = end, end + math.prod(shape) * x.itemsize
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+            weight_map[name] = f"model-{shard}.safetensors"
         with (directory / f"model-{shard}.safetensors").open("wb") as file:
             text = json.dumps(header).encode()
             file.write(len(text).to_bytes(8, "little") + text)
@@ -1681,6 +1698,7 @@ def write_true_width(directory, layers, mtp):
                 for left in range(math.prod(shape), 0, -x.size):
                     file.write(x.ravel()[:left].tobytes())
     (directory / "config.json").write_text(json.dumps(config_json(cfg)))
+    index_says(directory, weight_map)
     return cfg
 
 
