@@ -10,11 +10,11 @@ Part I (sections 1-7) is, where `cache` is None, the model as the paper *defines
 skipped. Part II (section 8) is the same model as generation *computes* it, with a cache; test_deepseek_v3.py shows the
 two equal in float64. Part III (sections 9-11) is the program around them.
 
-    component    definition, part I                computation, part II                 equal because
+    component    definition                        computation                          equal because
     attention    mla_naive: keys of every head     mla_absorbed: one shared latent key  q . (W_UK c) = (W_UK^T q) . c
     context      forward, the whole sequence       forward with a Cache, in any chunks  the past never sees the future
     experts      moe_all: the sum over all         moe_computed: the chosen ones alone  the other gates are 0
-    generation   one token per pass                MTP drafts, the main model verifies  the rejection rule (section 10)
+    generation   one token per pass                MTP drafts, the main model verifies  the rejection rule of section 10
 
 Without a cache, `forward` writes nothing in place and has no shape that depends on data: it also runs under jax.numpy,
 in `jit` and `grad` (except `top_k`: JAX spells a stable sort differently). So weights/train.py made the checkpoint.
@@ -120,7 +120,7 @@ def recording():
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's longer context (section 4.3), `rope_scaling` in config.json. Absent keys mean what they do in HF."""
+    """YaRN's longer context (section 4.3), `rope_scaling` in config.json, where the first two must be given."""
 
     factor: float = 40.0  # s
     original_max_position_embeddings: int = 4096
@@ -225,9 +225,9 @@ def yarn_mscale(factor, mscale):
 def rope_frequencies(cfg):
     """Radians per position, for each of the P pairs; float64 on the host. Plain RoPE: theta^(-2j/R).
 
-    YaRN keeps the pairs that turn more than beta_fast times within the original context, slows those that turn less
-    than beta_slow times by the factor, and blends in between. It is static: once configured it holds at every position
-    of every prompt, for queries as for keys. (The official code switches it on by its max_seq_len instead.)"""
+    YaRN keeps the pairs that turn more than beta_fast times within the original context, divides the frequency of those
+    that turn less than beta_slow times by the factor, and blends in between. It is static: once configured it holds at
+    every position of every prompt, for queries as for keys. (In the official code max_seq_len switches it on.)"""
     R, yarn = cfg.qk_rope_head_dim, cfg.rope_scaling
     freq_P = cfg.rope_theta ** -(np.arange(0, R, 2) / R)
     if yarn is None:
@@ -241,7 +241,7 @@ def rope_frequencies(cfg):
     low, high = correction_dim(yarn.beta_fast), correction_dim(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, R - 1)  # R - 1 though there are only P pairs: every implementation clamps there
+    low, high = max(low, 0), min(high, R - 1)  # R - 1 though there are only P pairs: so HF and the official code
     ramp_P = np.clip((np.arange(freq_P.size) - low) / ((high - low) or 0.001), 0, 1)
     return freq_P * (1 - ramp_P) + freq_P / yarn.factor * ramp_P
 
@@ -274,7 +274,7 @@ def rope(x, rotation, interleave=True):
 
     In the released weights the pairs are neighbours, (2j, 2j+1). HF reorders queries and keys to halves first, which
     leaves every score as it is but caches a permuted key; `rope_interleave` false means weights stored as halves."""
-    if interleave:  # (a, b) lies in memory as a + ib does; on a GPU it must lie at an even place, so N and C be even
+    if interleave:  # (a, b) lies in memory as a + ib does; a GPU needs it aligned, so N and C even
         z = wide(x).view(np.result_type(x.dtype, np.complex64)) * rotation
         return z.view(z.real.dtype).astype(x.dtype, copy=False)
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
@@ -382,7 +382,7 @@ def route(x_BTD, w, name, cfg):
     """Which experts, and with what gates -> index_BTK, best first; gate_BTK in float32 or better.
 
     The bias enters the choice alone: the gates come from the affinities without it. DeepSeek-V2 (arXiv:2405.04434,
-    section 2.1.2) has softmax affinities, no bias, and groups ranked by their best expert."""
+    section 2.2) has softmax affinities, no bias, and groups ranked by their best expert."""
     affinity = sigmoid if cfg.scoring_func == "sigmoid" else softmax
     score_BTE = affinity(linear(wide(x_BTD), w, f"{name}.gate"))  # eq. (15)
     record(f"{name}.gate.scores", score_BTE)
@@ -496,7 +496,7 @@ def forward(token_BT, w, cfg, cache=None, start_B=None):
     w: a mapping of tensor names to arrays of `xp`; their dtype is the dtype of the computation. Without a cache: the
     definition, of whole sequences from position 0. With one: the T tokens of row b continue what the cache holds before
     position start_B[b] (0 by default), and enter it. Shorter rows are padded on the right with -1. Padding reads the
-    last embedding; no token before it sees it; it is cached as zeros, which the row's next tokens overwrite."""
+    last embedding, is seen by no token before it, and is cached as zeros until the row's next tokens overwrite them."""
     embedding_WD = w["model.embed_tokens.weight"]
     pos = positions(token_BT, start_B, cfg, embedding_WD.dtype)
     x_BTD = embedding_WD[token_BT]
@@ -587,13 +587,13 @@ def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
 # ==== Part II. The model, as computed ===============================================================================
 
 # ---- 8. What generation runs: latent cache, absorption, chosen experts, products -----------------------------------
-# The same model, where a cache is given. Each piece says why it is equal to its definition in part I. A port needs
-# `Cache`, `mla_absorbed` (with `attention` and an einsum) and `moe_computed` (its last branch); the rest is for speed
-# or memory.
+# The same model, where a cache is given. Each piece says why it is equal to its definition in part I. A port that
+# generates needs `Cache`, `mla_absorbed` (with `attention` and an einsum) and of `moe_computed` the last branch; the
+# rest is for the speed and memory of NumPy and CuPy.
 
 EXPANDED = 2**29  # at most so many elements of expanded keys and values
 SCORES = 2**18  # held at a time, as many as fit a core's cache
-QUERIES = 256  # at least about so many (tokens times heads of one key) at a time, however many scores that makes
+QUERIES = 256  # at least about so many (tokens times heads of one key) at a time, even if SCORES says fewer
 EACH = 2  # tokens up to which each choice is computed by itself on the CPU, which spares sorting them by expert
 FEW = 16  # tokens up to which a GPU reads an expert once per choice, so that its host need not wait for the choices
 
@@ -628,7 +628,7 @@ def mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     q_BTHC = per_head(q_nope_BTHN, w_uk_HNC)  # W_UK^T q
     q_BTHL = xp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
     k_BSJL = wide(kv_BSL)[:, :, None]  # one key for all heads: J = 1
-    o_BTHL = attend(q_BTHL, k_BSJL, k_BSJL, visible_BTS, softmax_scale(cfg))  # values [c ; k_R]: CuPy copies a slice
+    o_BTHL = attend(q_BTHL, k_BSJL, k_BSJL, visible_BTS, softmax_scale(cfg))  # values keep k_R: CuPy would copy a slice
     return per_head(o_BTHL[..., : cfg.kv_lora_rank], w_uv_HVC.swapaxes(1, 2))  # W_UV o
 
 
@@ -643,7 +643,7 @@ def mla_computed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
     """= mla_naive, in the form with fewer multiplications: few queries absorb; many expand, while there is room."""
     (B, T, H, N), S = q_nope_BTHN.shape, kv_BSL.shape[1]
     C, R, V = cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.v_head_dim
-    naive, absorbed = S * C * (N + V) + T * S * (N + R + V), T * C * (N + V) + T * S * (C + R + C)  # per head
+    naive, absorbed = S * C * (N + V) + T * S * (N + R + V), T * C * (N + V) + T * S * 2 * (C + R)  # per head
     if absorbed < naive or B * S * H * (N + R + V) > EXPANDED:
         return mla_absorbed(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS)
     return mla_naive(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS, attend)
@@ -742,7 +742,7 @@ def chosen_kernel(dtype):
 
 def product(x, w):
     """= x W^T, x (..., M, X), w (..., Y, X) -> (..., M, Y), the same sums in another order. On NumPy, up to 192 rows of
-    x and a w larger than a core's cache go as (W x^T)^T, which is faster. Beyond two axes CuPy copies the transposed
+    x and a w of over 2^17 elements go as (W x^T)^T, which is faster. Beyond two axes CuPy copies the transposed
     operand: let that be the smaller."""
     M, size = x.shape[-2], w.shape[-2] * w.shape[-1]
     if (M <= 192 and size > 2**17) if xp is np else (x.ndim > 2 and x.size < w.size):
@@ -885,26 +885,19 @@ def tensor_shapes(cfg):
     return shapes
 
 
-def e4m3_values():
-    """The 256 values of float8 e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN.
-
-    >>> e4m3_values()[[0x00, 0x38, 0x39, 0x7E, 0x7F, 0xC0]].tolist()
-    [0.0, 1.0, 1.125, 448.0, nan, -2.0]
-    """
-    code = np.arange(256)
-    exponent, mantissa = code >> 3 & 15, (code & 7) / 8
-    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
-    value[code & 127 == 127] = np.nan
-    return np.where(code < 128, value, -value).astype(np.float32)
-
-
 BLOCK = 128  # an FP8 weight has one scale for each block of 128 x 128, the last of a row or column cropped
 
 
 def dequantize(code, scale):
     """FP8 codes (Y, X) and their `weight_scale_inv` (ceil(Y / 128), ceil(X / 128)) -> float32. The scale multiplies,
-    whatever `inv` suggests: one float32 product is the definition."""
-    value, out = xp.asarray(e4m3_values()), xp.empty(code.shape, np.float32)
+    whatever `inv` suggests: one float32 product is the definition. The format, e4m3fn: sign, 4 bits of exponent (bias
+    7), 3 of mantissa; no infinity, 0x7f is NaN."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, (byte & 7) / 8
+    value = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    value[byte & 127 == 127] = np.nan
+    value = xp.asarray(np.where(byte < 128, value, -value).astype(np.float32))
+    out = xp.empty(code.shape, np.float32)
     for rows, scale_X in zip(slices(code.shape[0], BLOCK), scale, strict=True):
         out[rows] = xp.take(value, code[rows]) * xp.repeat(scale_X, BLOCK)[: code.shape[1]]
     return out
@@ -951,14 +944,14 @@ class Stored(Matrix):
         self.dtype, self.scale = np.dtype(np.float32), None  # of the computation; the Stored scales of an FP8 tensor
 
     def __getitem__(self, rows):
-        """Some rows: BF16 and FP8 exactly, as float32, then in dtype. A slice of FP8 must begin with a block."""
-        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # goes, its pages too
+        """Some rows, decoded to float32, then in dtype. A slice of FP8 must begin with a block."""
+        apart = np.memmap(self.file.filename, STORED[self.kind], "r", self.offset, self.shape)  # freed with its pages
         part = xp.asarray(apart[rows if isinstance(rows, slice) else to_host(rows)])
         if self.kind == "BF16":
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
         if self.kind == "F8_E4M3":
             scale = self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)]
-            sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times a larger one overflows
+            sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times a larger one nears the largest float32
             require(sound, f"{self.file.filename}: a weight_scale_inv is not a number from 0 to 6e35")
             part = dequantize(part, scale)
         return part.astype(self.dtype, copy=False)
@@ -1010,7 +1003,7 @@ def read_shards(directory):
 
 
 def system_bytes(path, key):
-    """A number that Linux tells; 0 elsewhere."""
+    """The bytes of a line "{key}: n kB" of a file in Linux's /proc; 0 elsewhere."""
     try:
         found = re.search(rf"{key}:\s*(\d+) kB", Path(path).read_text())
     except OSError:
@@ -1023,8 +1016,8 @@ class Checkpoint:
     Matrix of it; decoded when first used.
 
     Members are the tensors of `tensor_shapes`, each checked at once, without absent MTP modules; on a GPU also what
-    `stack_experts` adds. memory: bytes that decoded matrices may take, by default 70 % of what is free; first come,
-    first kept. Raises InputError."""
+    `stack_experts` adds. memory: bytes that decoded matrices may take, by default 70 % of what Linux or the GPU has
+    free; first come, first kept. Raises InputError."""
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
         self.loaded, self.stored = {}, read_shards(directory)
@@ -1172,9 +1165,8 @@ def forward_in_chunks(token_BT, w, cfg, cache, start_B, chunk, k=0, h_BXD=None):
 
 def logits_from(first, count, h_BTD, w, cfg):
     """The logits of `count` states of each row b, from h[b, first[b]] on, on the host: (B, count, W)."""
-    B, T, _ = h_BTD.shape
-    index = (np.array(first)[:, None] + np.arange(count)) % T  # rows without a draft have fewer
-    return to_host(head(h_BTD[xp.arange(B)[:, None], xp.asarray(index)], w, cfg))
+    index = xp.asarray(np.array(first)[:, None] + np.arange(count))
+    return to_host(head(h_BTD[xp.arange(len(h_BTD))[:, None], index], w, cfg))
 
 
 @dataclass
@@ -1204,17 +1196,17 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
     fill with drafted, accepted, cache_bytes. speculate: draft with the first MTP module, if there is one. This changes
     the speed, not the distribution, and no token of greedy output (unless two logits are equal but for rounding).
 
-    With t_n the last token, the main model sees [t_n, draft of t_n+1] in one pass. If `verify` accepts the draft, both
-    it and the token after it are known; if not, the token in its place, and the draft's cache entry is overwritten. Now
+    With t_n the last token, the main model sees [t_n, draft of t_{n+1}] in one pass. If `verify` accepts the draft, it
+    and the token after it are known; if not, the token in its place, and the draft's cache entry is overwritten. Now
     each verified state h_i has its next token: the MTP module sees these pairs, at positions i, and drafts again."""
     sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     check_prompts(prompts, cfg, max_tokens)
     speculate = speculate and mtp_depth(w, cfg)
-    cache = Cache(len(prompts), max(map(len, prompts)) + max_tokens + 1)  # 1: padding of a done row
+    cache = Cache(len(prompts), max(map(len, prompts)) + max_tokens + 1)  # + 1: padding beside others' drafts
     rows = [Row(list(ids), max_tokens, np.random.default_rng([sampling.seed, b])) for b, ids in enumerate(prompts)]
     while True:
-        given = w, cfg, cache, np.array([row.start for row in rows]), chunk
-        h_BTD = forward_in_chunks(pad([row.tokens[row.start :] + row.draft for row in rows]), *given)
+        context = w, cfg, cache, np.array([row.start for row in rows]), chunk
+        h_BTD = forward_in_chunks(pad([row.tokens[row.start :] + row.draft for row in rows]), *context)
         last = [len(row.tokens) - row.start - 1 for row in rows]
         logits_BXW = logits_from(last, 1 + any(row.draft for row in rows), h_BTD, w, cfg)
         stats["cache_bytes"] = sum(kv_BSL.nbytes for kv_BSL in cache.layers.values())
@@ -1230,13 +1222,13 @@ def generate(prompts, w, cfg, max_tokens, sampling=None, stop=(), speculate=True
         if not any(row.left for row in rows):
             return
         if speculate:
-            draw_drafts(rows, h_BTD, *given, sampling)
+            draw_drafts(rows, h_BTD, *context, sampling)
         for row in rows:
             row.start = len(row.tokens) - 1
 
 
 def draw_drafts(rows, h_BTD, w, cfg, cache, start_B, chunk, sampling):
-    """Show the MTP module the pairs (h_i, t_i+1) that the new tokens complete; draw a draft for each row to go on."""
+    """Show the MTP module the pairs (h_i, t_{i+1}) that the new tokens complete; draw a draft for each row to go on."""
     pairs = [row.tokens[row.start + 1 :] for row in rows]
     h_BTD = forward_in_chunks(pad(pairs), w, cfg, cache, start_B, chunk, 1, h_BTD)
     logits_BXW = logits_from([len(tokens) - 1 for tokens in pairs], 1, h_BTD, w, cfg)
@@ -1254,12 +1246,12 @@ def trace(prompts, w, cfg, chunk=CHUNK):
     check_prompts(prompts, cfg, 0)
     token_BT = pad(prompts)
     B, T = token_BT.shape
-    given = w, cfg, Cache(B, T) if chunk else None, np.zeros(B, int), chunk or T
+    context = w, cfg, Cache(B, T) if chunk else None, np.zeros(B, int), chunk or T
     with recording() as named:
-        h_BXD = forward_in_chunks(token_BT, *given)
+        h_BXD = forward_in_chunks(token_BT, *context)
         record("lm_head", head(h_BXD, w, cfg))
         for k in range(1, min(mtp_depth(w, cfg), T - 1) + 1):
-            h_BXD = forward_in_chunks(token_BT[:, k:], *given, k, h_BXD)
+            h_BXD = forward_in_chunks(token_BT[:, k:], *context, k, h_BXD)
             record(f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head", head(h_BXD, w, cfg))  # logits
     return {(f"{n}/" if B > 1 else "") + name: to_host(x)[n, : max(0, x.shape[1] - T + len(prompt))]
             for n, prompt in enumerate(prompts) for name, x in named.items()}  # fmt: skip
@@ -1329,14 +1321,14 @@ class Text:
     """A checkpoint's tokenizer.json, with the BOS and the chat template that its tokenizer_config.json may ask for."""
 
     def __init__(self, directory):
-        path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+        path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # a bare Exception, if the file is absent or malformed
             raise InputError(f"{path}: {e}; --tokens takes ids without it") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        settings, template = read_json(settings) if settings.exists() else {}, directory / "chat_template.jinja"
+        settings, template = read_json(config) if config.exists() else {}, directory / "chat_template.jinja"
         self.template = template.read_text("utf-8") if template.exists() else settings.get("chat_template")
         special = {key: settings.get(key) or "" for key in ("bos_token", "eos_token")}  # a string, or in an object
         self.special = {key: str(x.get("content") if isinstance(x, dict) else x) for key, x in special.items()}
@@ -1399,16 +1391,18 @@ def token_ids(text):
     return [int(token) for token in text.replace(",", " ").split()]
 
 
-def respond(text, given, prompts):
+def respond(text, options, prompts, opening=""):
     """Generate and print: text as it grows, that of further prompts and plain ids when they are complete; last, even if
-    interrupted, the line of statistics. given: what `generate` takes besides prompts. -> the tokens of each prompt."""
+    interrupted, the line of statistics. options: what `generate` takes besides prompts. -> each prompt's new tokens."""
+    check_prompts(prompts, options["cfg"], options["max_tokens"])
+    print(opening, end="", flush=True)
     stats, made, begin, first = Counter(), [[] for _ in prompts], time.perf_counter(), None
     stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
     try:
-        for b, token in generate(prompts, stats=stats, **given):
+        for b, token in generate(prompts, stats=stats, **options):
             first = first or time.perf_counter()
             stats["new"] += 1
-            if not (text and token in given["stop"]):
+            if not (text and token in options["stop"]):
                 made[b].append(token)
                 if text and b == 0:
                     print(stream.step(text.tokenizer, token) or "", end="", flush=True)  # never half a character
@@ -1452,19 +1446,16 @@ def run(args):
     settings = read_json(args.weights / "config.json") | (read_json(path) if path.exists() else {})
     end = settings.get("eos_token_id")  # one, a list, or null
     w = Checkpoint(args.weights, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
-    pays = xp is not np or cfg.hidden_size <= 512  # in a large model a second row costs nearly as much as the first
-    given = {"speculate": pays if args.mtp is None else args.mtp, "stop": end if isinstance(end, list) else [end]}
-    given |= {"w": w, "cfg": cfg, "max_tokens": args.max_tokens, "sampling": sampling, "chunk": args.chunk}
+    pays = xp is not np or cfg.hidden_size <= 512  # on a CPU a large model's second row costs as much as the first
+    options = {"speculate": pays if args.mtp is None else args.mtp, "stop": end if isinstance(end, list) else [end]}
+    options |= {"w": w, "cfg": cfg, "max_tokens": args.max_tokens, "sampling": sampling, "chunk": args.chunk}
     if args.chat:
-        converse(args.prompt, functools.partial(respond, text, given), text)
+        converse(args.prompt, functools.partial(respond, text, options), text)
         return
     prompts = args.tokens or [text.encode(prompt) for prompt in args.prompt or [OPENING]]
-    check_prompts(prompts, cfg, args.max_tokens)
     if args.trace:
         write_trace(args.trace, trace(prompts, w, cfg, args.chunk))
-    if not (args.prompt or args.tokens):
-        print(OPENING, end="", flush=True)
-    respond(text, given, prompts)
+    respond(text, options, prompts, "" if args.prompt or args.tokens else OPENING)
 
 
 def main(argv=None):

@@ -336,7 +336,7 @@ def test_absorption_is_chosen_where_it_multiplies_less(monkeypatch, C, N, T, pas
     """Per head: the sizes of the products of each form. And where expanded keys and values find no room."""
     cfg, S, R, V = replace(SMALL, kv_lora_rank=C, qk_nope_head_dim=N), T + past, 4, 5
     expanded = [(S, C, N + V), (T, N + R, S), (T, S, V)]
-    absorbed = [(T, N, C), (T, C + R, S), (T, S, C), (T, C, V)]
+    absorbed = [(T, N, C), (T, C + R, S), (T, S, C + R), (T, C, V)]
     fewer = sum(map(math.prod, absorbed)) < sum(map(math.prod, expanded))
     room = 2 * S * 3 * (N + R + V)  # rows, positions, heads, a key and a value
     monkeypatch.setattr(dsv3, "mla_absorbed", lambda *_: "absorbed")

@@ -154,7 +154,7 @@ def initial_weights(seed):
     rng, params, biases = np.random.default_rng(seed), {}, {}
     for name, shape in dsv3.tensor_shapes(MODEL).items():
         if name.endswith("e_score_correction_bias"):
-            biases[name] = jnp.zeros(shape)
+            biases[name] = jnp.zeros(shape, jnp.float32)
         elif name.endswith("norm.weight"):
             params[name] = jnp.ones(shape)
         elif joined(name) not in params:

@@ -97,7 +97,8 @@ def update_bias(directory, dtype, gamma):
 
 def dequantize(directory, dtype):
     stored = dsv3.read_safetensors(directory / "model.safetensors")
-    return {"weight": dsv3.dequantize(stored["weight"].array, stored["weight_scale_inv"].array)}
+    stored["weight"].scale = stored["weight_scale_inv"]
+    return {"weight": stored["weight"].whole()}
 
 
 DO = {function.__name__: function for function in (trace, generate, losses, phases, update_bias, dequantize)}
