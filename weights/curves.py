@@ -4,7 +4,7 @@
     python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
 
 The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
-1,000 steps of the shorter one.
+1,000 steps of the shorter one. Without a control only the figures are printed.
 """
 
 import json
@@ -36,7 +36,7 @@ def main(paths):
     runs = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
     loads = [np.array([step["load"] for step in run], float) for run in runs]
     end = min(map(len, runs))
-    names = ["with the bias update", "without"]
+    names = ["with the bias update", "without"][: len(runs)]
     for name, load_SLE in zip(names, loads, strict=True):
         worst = violation(load_SLE)
         print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
@@ -44,6 +44,8 @@ def main(paths):
     for name, run in zip(names, runs, strict=True):
         *_, last = (step for step in run[:end] if "validation_bits_per_byte" in step)
         print(f"bits a byte {name}: {last['validation_bits_per_byte']:.3f} at step {last['step']}")
+    if len(runs) == 1:
+        return
 
     layers = loads[0].shape[1]
     figure = plt.figure(figsize=(10, 6), layout="constrained")
