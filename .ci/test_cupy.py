@@ -479,6 +479,13 @@ def test_chosen_experts_are_read_where_they_lie(device, shipped, tokens):
     assert np.abs(got.get() - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+def test_experts_lie_in_one_array_where_all_fits(shipped, monkeypatch):
+    size = 4 * sum(map(math.prod, dsv3.tensor_shapes(shipped.cfg).values()))
+    for free, fits in ((size, False), (2 * size, True)):  # of which 70 % are taken
+        monkeypatch.setattr(dsv3, "xp", Strict(free))
+        assert ("model.layers.1.mlp.experts.gate_proj.weight" in dsv3.Checkpoint(WEIGHTS, shipped.cfg)) == fits
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("batch, context", [*itertools.product([1, 3, 8], [128, 4096])])
 def test_a_token_moves_little_beside_weights_and_cache(device, batch, context, dtype):
