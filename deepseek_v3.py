@@ -1391,11 +1391,10 @@ def token_ids(text):
     return [int(token) for token in text.replace(",", " ").split()]
 
 
-def respond(text, options, prompts, opening=""):
+def respond(text, options, prompts):
     """Generate and print: text as it grows, that of further prompts and plain ids when they are complete; last, even if
     interrupted, the line of statistics. options: what `generate` takes besides prompts. -> each prompt's new tokens."""
     check_prompts(prompts, options["cfg"], options["max_tokens"])
-    print(opening, end="", flush=True)
     stats, made, begin, first = Counter(), [[] for _ in prompts], time.perf_counter(), None
     stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
     try:
@@ -1453,9 +1452,12 @@ def run(args):
         converse(args.prompt, functools.partial(respond, text, options), text)
         return
     prompts = args.tokens or [text.encode(prompt) for prompt in args.prompt or [OPENING]]
+    check_prompts(prompts, cfg, args.max_tokens)  # before a long trace
     if args.trace:
         write_trace(args.trace, trace(prompts, w, cfg, args.chunk))
-    respond(text, options, prompts, "" if args.prompt or args.tokens else OPENING)
+    if not (args.prompt or args.tokens):
+        print(OPENING, end="", flush=True)
+    respond(text, options, prompts)
 
 
 def main(argv=None):

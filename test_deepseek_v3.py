@@ -2070,6 +2070,15 @@ def test_chat_names_a_package_that_is_missing(program, tmp_path, monkeypatch):
     assert (code, out, err.count("\n")) == (2, "", 1) and "jinja2.sandbox" in err
 
 
+@pytest.mark.parametrize("flags", [["--chat", "-p", "x"], ["-p", "x"], ["--trace", "trace.npz"]])
+def test_text_too_long_is_refused_in_one_line(program, tmp_path, monkeypatch, flags):
+    """Before anything is printed or written, a conversation's turn too."""
+    directory = shipped_with(tmp_path / "w", jinja=TEMPLATE)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = program("--weights", directory, *flags, "-n", 1024)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "positions" in err and not Path("trace.npz").exists()
+
+
 def test_chat_carries_the_conversation_in_the_template(program, scripted, tmp_path, monkeypatch):
     """From --prompt, then line by line from stdin; the answer without its end token, here a full stop, is part of what
     follows."""
