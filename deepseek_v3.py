@@ -1105,19 +1105,20 @@ def distribution(logits_W, sampling):
         p_W = np.exp((logits_W - logits_W.max()) / sampling.temperature)
     p_W /= p_W.sum()
     if 0 < sampling.top_k < p_W.size:
-        least = np.partition(p_W, -sampling.top_k)[-sampling.top_k]
-        equal = np.flatnonzero(p_W == least)
-        p_W[equal[sampling.top_k - np.sum(p_W > least) :]] = 0
-        p_W[p_W < least] = 0
-        p_W /= p_W.sum()
+        p_W = likeliest(p_W, sampling.top_k, np.partition(p_W, -sampling.top_k)[-sampling.top_k])
     if sampling.top_p < 1:
-        likely = np.flatnonzero(p_W >= (1 - sampling.top_p) / p_W.size)  # the others together reach less than 1 - top_p
-        likely = likely[np.argsort(-p_W[likely], kind="stable")]
-        likely = likely[: np.searchsorted(np.cumsum(p_W[likely]), sampling.top_p) + 1]
-        kept_W = np.zeros_like(p_W)
-        kept_W[likely] = p_W[likely]
-        p_W = kept_W / kept_W.sum()
+        many = np.sort(p_W[p_W >= (1 - sampling.top_p) / p_W.size])[::-1]  # all others reach less than 1 - top_p
+        last = min(np.searchsorted(np.cumsum(many), sampling.top_p), many.size - 1)
+        p_W = likeliest(p_W, last + 1, many[last])
     return p_W
+
+
+def likeliest(p_W, count, least):
+    """p_W without all but its `count` likeliest, of which `least` is the last; the lowest ids among equals."""
+    kept_W = p_W > least
+    kept_W[np.flatnonzero(p_W == least)[: count - np.sum(kept_W)]] = True
+    p_W = np.where(kept_W, p_W, 0)
+    return p_W / p_W.sum()
 
 
 def draw(p_W, rng):
@@ -1274,7 +1275,7 @@ def write_trace(path, named):
 # ---- 11. Command line ----------------------------------------------------------------------------------------------
 # Text goes to stdout, everything else to stderr, and what cannot be done is refused in one line.
 
-OPENING = "Once upon a time"  # the prompt where none is given
+OPENING = "Once upon a time, there was a little dog"  # the prompt where none is given
 
 
 def say(message):

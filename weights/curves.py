@@ -57,20 +57,19 @@ def main(paths):
     loss.legend()
     held = [(step["step"], step["validation_bits_per_byte"]) for step in runs[0] if "validation_bits_per_byte" in step]
     valid.plot(*zip(*held, strict=True))
-    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.6, 1.5))
+    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.5, 1.2))
     valid.grid(alpha=0.3)
     for name, load_SLE in zip(names, loads, strict=True):
         curve(balance, violation(load_SLE).mean(1), name)
     balance.set(title="MaxVio, mean of the layers", xlabel="step", ylim=(0, None))
     balance.legend()
     for layer, axes in enumerate(bottom.subplots(1, layers, sharey=True)):
-        for name, load_SLE, shift in zip(names, loads, (-0.2, 0.2), strict=True):
+        for load_SLE, shift in zip(loads, (-0.2, 0.2), strict=True):
             load_E = load_SLE[end - LAST : end, layer].sum(0)
-            axes.bar(np.arange(load_E.size) + shift, np.sort(load_E / load_E.mean())[::-1], 0.4, label=name)
+            axes.bar(np.arange(load_E.size) + shift, np.sort(load_E / load_E.mean())[::-1], 0.4)
         axes.axhline(1, color="black", linewidth=0.5)
         axes.set(title="MTP module" if layer == layers - 1 else f"layer {layer + 1}", xticks=[])
     bottom.suptitle(f"load of each expert, largest first, in steps {end - LAST + 1} to {end}; 1 is its fair share")
-    axes.legend()
     figure.savefig(Path(__file__).with_name("curves.svg"), metadata={"Date": None})
 
 

@@ -198,21 +198,3 @@ def test_the_schedule():
     assert all(float(rate(i)) == 2 for i in (train.WARMUP, decay // 2, decay))
     assert float(rate((decay + 1000) // 2)) == pytest.approx(1 + train.FLOOR)
     assert float(rate(1000)) == pytest.approx(2 * train.FLOOR)
-
-
-def test_the_schedule_of_a_second_cycle():
-    """Lower, and in decay from the end of the warm-up."""
-    rate = train.schedule(2.0, 1000, second=True)
-    assert float(rate(train.WARMUP)) == pytest.approx(2 * train.SECOND)
-    assert float(rate((train.WARMUP + 1000) // 2)) == pytest.approx(train.SECOND * (1 + train.FLOOR))
-    assert float(rate(1000)) == pytest.approx(2 * train.SECOND * train.FLOOR)
-
-
-def test_a_second_cycle_begins_where_the_first_ended(tmp_path, monkeypatch):
-    """At a learning rate of 0 it writes what it read."""
-    command = tiny(monkeypatch, tmp_path)
-    first, second = tmp_path / "first", tmp_path / "second"
-    train.main([*command, str(first), "--steps", "2"])
-    monkeypatch.setattr(train, "SECOND", 0)
-    train.main([*command, str(second), "--steps", "3", "--start", str(first), "--no-bias-update"])
-    assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()

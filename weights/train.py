@@ -9,7 +9,7 @@ that of section 4.2 of the paper, with Muon for the matrices; README.md has it b
 
 A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it had
 never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
-changed on the way. --start DIR begins a second cycle from a finished checkpoint: gentler, and in decay throughout.
+changed on the way.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ import deepseek_v3 as dsv3  # noqa: E402
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # ids 0 and 1, as in the release
 MODEL = dsv3.Config(
-    vocab_size=2048, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=2048, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
     q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=48,
     intermediate_size=512, first_k_dense_replace=1, moe_intermediate_size=64, n_shared_experts=1,
     n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5,
@@ -47,18 +47,17 @@ MODEL = dsv3.Config(
     max_position_embeddings=1024, num_nextn_predict_layers=1,
 )  # fmt: skip
 INIT_STD = 0.03
-SEQUENCES, LENGTH = 16, 256  # of one batch
+SEQUENCES, LENGTH = 8, 512  # of one batch
 MUON, ADAM = 7.5e-3, 2.5e-3  # peak learning rates: of the matrices, and of embedding, head, routers and norms
 NEWTON_SCHULZ = 5 * ((3.4445, -4.7750, 2.0315),)  # Muon's usual; given five times, optax loops, which compiles sooner
 WARMUP, DECAY_FROM, FLOOR = 100, 0.6, 0.02  # steps; share of the steps; share of the peak that is left at the end
-SECOND = 0.5  # share of the peaks that a second cycle rises to
-WEIGHT_DECAY, CLIP = 0.1, 1.0  # of the matrices; the gradient norm that is clipped to
-GAMMA, GAMMA_SECOND = 0.005, 0.001  # speed of the bias update, from biases of 0 and in a second cycle
+WEIGHT_DECAY, CLIP = 0.2, 1.0  # of the matrices; the gradient norm that is clipped to
+GAMMA = 0.001  # speed of the bias update
 GAMMA_UNTIL = 0.9  # the share of the steps after which it is frozen
 ALPHA = 0.0001  # weight of the sequence-wise balance loss
 LAMBDA, LAMBDA_LATE = 0.3, 0.1  # weight of the MTP loss, before and in the decay
 VALIDATION = 0.02  # the last stories, never trained on
-VALIDATE_EVERY, SAVE_EVERY = 250, 120  # steps; seconds
+VALIDATE_EVERY, SAVE_EVERY = 500, 120  # steps; seconds
 CAPACITY = 1.5  # how many times its fair share of tokens an expert may get before the slower form is taken
 
 
@@ -163,33 +162,18 @@ def initial_weights(seed):
     return params, biases
 
 
-def trained_weights(directory):
-    """The weights of a finished checkpoint, in the form of `initial_weights`."""
-    tensors = {name: jnp.asarray(x, jnp.float32) for name, x in load_file(directory / "model.safetensors").items()}
-    params, biases = {}, {}
-    for name in dsv3.tensor_shapes(MODEL):
-        if name.endswith("e_score_correction_bias"):
-            biases[name] = tensors[name]
-        elif joined(name) == name:
-            params[name] = tensors[name]
-        elif joined(name) not in params:
-            each = [name.replace(".experts.0.", f".experts.{e}.") for e in range(MODEL.n_routed_experts)]
-            params[joined(name)] = jnp.stack([tensors[e] for e in each])
-    return params, biases
-
-
-def schedule(peak, steps, second=False):
+def schedule(peak, steps):
     """Linear warm-up, constant, then from the decay's first step a cosine to FLOOR."""
-    decay, peak = decay_start(steps, second), SECOND * peak if second else peak
+    decay = decay_start(steps)
     warmup = optax.linear_schedule(peak / WARMUP, peak, WARMUP - 1)
     return optax.join_schedules([warmup, optax.cosine_decay_schedule(peak, steps - decay, FLOOR)], [decay])
 
 
-def decay_start(steps, second=False):
-    return WARMUP if second else round(DECAY_FROM * steps)
+def decay_start(steps):
+    return round(DECAY_FROM * steps)
 
 
-def make_optimiser(steps, second=False):
+def make_optimiser(steps):
     """Muon for the matrices, with updates of rms 0.2 times the rate as in Moonlight (arXiv:2502.16982), each expert's
     for itself; Adam for embedding, head, routers and norms."""
     matrix = optax.contrib.MuonDimensionNumbers(-1, -2)
@@ -199,8 +183,8 @@ def make_optimiser(steps, second=False):
         return {name: None if by_adam.search(name) else matrix for name in params}
 
     muon = optax.contrib.muon(
-        schedule(MUON, steps, second), ns_coeffs=NEWTON_SCHULZ, consistent_rms=0.2, weight_decay=WEIGHT_DECAY,
-        muon_weight_dimension_numbers=muon_or_adam, adam_learning_rate=schedule(ADAM, steps, second), adam_b2=0.95,
+        schedule(MUON, steps), ns_coeffs=NEWTON_SCHULZ, consistent_rms=0.2, weight_decay=WEIGHT_DECAY,
+        muon_weight_dimension_numbers=muon_or_adam, adam_learning_rate=schedule(ADAM, steps), adam_b2=0.95,
     )  # fmt: skip
     return optax.chain(optax.clip_by_global_norm(CLIP), muon)
 
@@ -306,9 +290,8 @@ def main(argv=None):
     parser.add_argument(
         "--out", type=Path, required=True, help="directory for the checkpoint; state and log in OUT/state"
     )
-    parser.add_argument("--steps", type=int, default=4500, help="may be changed until the decay begins")
+    parser.add_argument("--steps", type=int, default=23500, help="may be changed until the decay begins")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a finished checkpoint, to begin a second cycle from")
     parser.add_argument("--no-bias-update", action="store_true", help="the control: gamma 0 throughout")
     args = parser.parse_args(argv)
     saved = args.out / "state" / "state.npz"
@@ -318,9 +301,8 @@ def main(argv=None):
     stories, held_out = read_stories(args.text)
     tokenizer = make_tokenizer(stories, args.out / "tokenizer.json")
     batches = Batches([np.array([*e.ids, 1], np.int32) for e in tokenizer.encode_batch(stories)], args.seed)
-    second = args.start is not None
-    params, biases = trained_weights(args.start) if second else initial_weights(args.seed)
-    optimiser = make_optimiser(args.steps, second)
+    params, biases = initial_weights(args.seed)
+    optimiser = make_optimiser(args.steps)
     state = {"params": params, "biases": biases, "moments": optimiser.init(params), "step": jnp.zeros((), int)}
     state = read_state(saved, state)
     first, size = int(state["step"]), sum(x.size for x in params.values())
@@ -329,9 +311,8 @@ def main(argv=None):
     step, entries, last_save = make_step(optimiser), [], time.monotonic()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", mininterval=5)
     for i in bar:
-        mtp_weight = LAMBDA if i < decay_start(args.steps, second) else LAMBDA_LATE
-        gamma = GAMMA_SECOND if second else GAMMA
-        gamma = 0.0 if args.no_bias_update or i >= GAMMA_UNTIL * args.steps else gamma
+        mtp_weight = LAMBDA if i < decay_start(args.steps) else LAMBDA_LATE
+        gamma = 0.0 if args.no_bias_update or i >= GAMMA_UNTIL * args.steps else GAMMA
         began = time.monotonic()
         state, figures = step(state, batches[i], mtp_weight, gamma)
         figures = {k: np.asarray(v).tolist() for k, v in figures.items()}
