@@ -2369,13 +2369,14 @@ def gpu_decodes_at_the_speed_of_its_memory(shipped, tmp_path):
         launches = 1000 / (time.perf_counter() - start)
     print(f"\n{launches:,.0f} launches per second, {memory / 1e9:.0f} GB/s")
     for dtype in (np.float32, np.float16):
-        cfg, n = replace(SMALL, num_nextn_predict_layers=0), 50 if large else 6
+        cfg, w, n = replace(SMALL, num_nextn_predict_layers=0), {}, 50 if large else 6
         if large:
+            xp.get_default_memory_pool().free_all_blocks()  # those of the dtype before
             cfg = dsv3.Config(vocab_size=32000, hidden_size=2048, num_hidden_layers=2, num_attention_heads=32,
                               moe_intermediate_size=1024, num_nextn_predict_layers=0, first_k_dense_replace=1)
             layer = 256 * 3 * 2048 * 1024 * np.dtype(dtype).itemsize  # bytes of one with experts
             cfg = replace(cfg, num_hidden_layers=int(xp.cuda.runtime.memGetInfo()[0] / 3 / layer) + 1)
-        w, E = {}, cfg.n_routed_experts
+        E = cfg.n_routed_experts
         for name, shape in dsv3.tensor_shapes(cfg).items():
             if ".experts.0." in name:
                 w[name.replace(".0.", ".")] = xp.full((E, *shape), 0.01, dtype)

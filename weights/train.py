@@ -7,8 +7,8 @@
 model. What is slow under JAX is replaced by an equal form, in section 1; test_train.py shows them equal. The recipe is
 that of section 4.2 of the paper, with Muon for the matrices; README.md has it beside the paper's.
 
-A run that was stopped goes on from its last checkpoint when the same command is given again, and ends as if it had
-never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
+A run that was stopped goes on from its last checkpoint when the same command is given again, and on a CPU ends as if it
+had never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
 changed on the way.
 """
 
