@@ -1105,16 +1105,16 @@ def distribution(logits_W, sampling):
         p_W = np.exp((logits_W - logits_W.max()) / sampling.temperature)
     p_W /= p_W.sum()
     if 0 < sampling.top_k < p_W.size:
-        p_W = likeliest(p_W, sampling.top_k, np.partition(p_W, -sampling.top_k)[-sampling.top_k])
+        p_W = keep_likeliest(p_W, sampling.top_k)
     if sampling.top_p < 1:
         many = np.sort(p_W[p_W >= (1 - sampling.top_p) / p_W.size])[::-1]  # all others reach less than 1 - top_p
-        last = min(np.searchsorted(np.cumsum(many), sampling.top_p), many.size - 1)
-        p_W = likeliest(p_W, last + 1, many[last])
+        p_W = keep_likeliest(p_W, 1 + np.searchsorted(np.cumsum(many)[:-1], sampling.top_p))
     return p_W
 
 
-def likeliest(p_W, count, least):
-    """p_W without all but its `count` likeliest, of which `least` is the last; the lowest ids among equals."""
+def keep_likeliest(p_W, count):
+    """Only the `count` likeliest, the lowest ids among equals, normalised."""
+    least = np.partition(p_W, -count)[-count]
     kept_W = p_W > least
     kept_W[np.flatnonzero(p_W == least)[: count - np.sum(kept_W)]] = True
     p_W = np.where(kept_W, p_W, 0)

@@ -1,7 +1,7 @@
 """Draw curves.svg from the logs of a run of train.py and of its control, and print the figures of README.md.
 
     pip install numpy matplotlib
-    python weights/curves.py weights/state/log.jsonl control/state/log.jsonl
+    python weights/curves.py my-weights/state/log.jsonl control/state/log.jsonl
 
 The control is the same run with --no-bias-update; it may have been stopped earlier: loads are compared over the last
 1,000 steps of the shorter one. Without a control only the figures are printed.
@@ -40,10 +40,11 @@ def main(paths):
     for name, load_SLE in zip(names, loads, strict=True):
         worst = violation(load_SLE)
         print(f"MaxVio {name}: first 50 steps {worst[:50].mean():.2f}, steps {end - LAST + 1} to {end} "
-              f"{worst[end - LAST:end].mean():.2f}, its last 1000 {worst[-1000:].mean():.2f}")  # fmt: skip
+              f"{worst[end - LAST:end].mean():.2f}, its last 1000 {worst[-1000:].mean():.2f}: "
+              f"by layer {worst[-1000:].mean(0).round(2)}")  # fmt: skip
     for name, run in zip(names, runs, strict=True):
         *_, last = (step for step in run[:end] if "validation_bits_per_byte" in step)
-        print(f"bits a byte {name}: {last['validation_bits_per_byte']:.3f} at step {last['step']}")
+        print(f"bits per byte {name}: {last['validation_bits_per_byte']:.3f} at step {last['step']}")
     if len(runs) == 1:
         return
 
@@ -53,11 +54,11 @@ def main(paths):
     loss, valid, balance = top.subplots(1, 3)
     curve(loss, [step["main"] for step in runs[0]], "next token")
     curve(loss, [step["mtp"] for step in runs[0]], "MTP: the one after")
-    loss.set(title="training loss, nats a token", xlabel="step", ylim=(1, 5))
+    loss.set(title="training loss, nats per token", xlabel="step", ylim=(1, 5))
     loss.legend()
     held = [(step["step"], step["validation_bits_per_byte"]) for step in runs[0] if "validation_bits_per_byte" in step]
     valid.plot(*zip(*held, strict=True))
-    valid.set(title="64 held-out stories, bits a byte", xlabel="step", ylim=(0.5, 1.2))
+    valid.set(title="64 held-out stories, bits per byte", xlabel="step", ylim=(0.5, 1.2))
     valid.grid(alpha=0.3)
     for name, load_SLE in zip(names, loads, strict=True):
         curve(balance, violation(load_SLE).mean(1), name)

@@ -219,7 +219,7 @@ def story_loss(w, token_BX):
 
 
 def validation_bits(w, tokenizer, stories, length=512):
-    """Bits a byte of whole stories, each after its own BOS, the end token's included; what goes past `length` is left
+    """Bits per byte of whole stories, each after its own BOS, the end token's included; what goes past `length` is left
     out of both counts."""
     nats = count = 0
     for first in range(0, len(stories), 8):
@@ -321,7 +321,7 @@ def main(argv=None):
         if (i + 1) % VALIDATE_EVERY == 0:
             bits = validation_bits(state["params"] | state["biases"], tokenizer, held_out[:64])
             entry["validation_bits_per_byte"] = bits
-            tqdm.write(f"step {i + 1}: {bits:.4f} bits a byte on 64 held-out stories")
+            tqdm.write(f"step {i + 1}: {bits:.4f} bits per byte on 64 held-out stories")
         entries.append(entry)
         if time.monotonic() - last_save > SAVE_EVERY or i + 1 == args.steps:
             save_state(saved, state, entries)
@@ -330,7 +330,7 @@ def main(argv=None):
     params = {name: x.astype(jnp.bfloat16).astype(jnp.float32) for name, x in state["params"].items()}
     bits = validation_bits(params | state["biases"], tokenizer, held_out)
     write_checkpoint(args.out, params, state["biases"])
-    print(f"{bits:.4f} bits a byte on {len(held_out)} held-out stories, weights rounded to BF16")
+    print(f"{bits:.4f} bits per byte on {len(held_out)} held-out stories, weights rounded to BF16")
     print_acceptance(args.out, held_out[:60])
 
 

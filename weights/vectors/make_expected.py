@@ -43,8 +43,8 @@ HERE = Path(__file__).resolve().parent
 INDEX, EXPECTED, SHIPPED = HERE / "index.json", HERE / "expected.safetensors", HERE.parent
 ROUTING_GAP, TOKEN_GAP = 1e-4, 1e-3  # by which the chosen stand out at least
 SHIPPED_ROUTING_GAP = 4e-7  # trained affinities lie closer; float32 still tells them apart
+UNSEEN = 1e-5  # and in its outputs, all that is compared, a smaller share of the gates is not seen
 HALF_GAP = 2e-5
-UNSEEN = 1e-5  # share of the gates below which it is no matter which expert has it
 HF = f"Hugging Face transformers {transformers.__version__}"
 
 # ---- The cases -----------------------------------------------------------------------------------------------------
@@ -361,9 +361,9 @@ def gap(x, k):
     return x[..., k - 1] - x[..., k] if k < x.shape[-1] else torch.full(x.shape[:-1], math.inf)
 
 
-def watch(model, layers, kept, gaps):
+def watch(model, layers, kept, gaps, unseen):
     """From now on a call puts its modules' outputs into kept, by name, and into gaps how near a tie each token's
-    choices were."""
+    choices were, infinitely far where its least gate is below the share `unseen` of their sum."""
     named = (r"lm_head|model\.(embed_tokens|norm|layers\.\d+(\.(eh_proj|input_layernorm|post_attention_layernorm|"
              r"mlp|mlp\.gate|mlp\.shared_experts|self_attn|self_attn\.kv_a_layernorm))?)")  # fmt: skip
     v2 = isinstance(model, DeepseekV2ForCausalLM)
@@ -381,7 +381,7 @@ def watch(model, layers, kept, gaps):
         group = choice.max(-1)[0] if v2 else choice.topk(2)[0].sum(-1)
         lost = group < group.topk(module.topk_group)[0][:, -1:]
         choice = choice.masked_fill(lost[..., None], -math.inf).flatten(1)
-        seen = gates.amin(-1) > UNSEEN * gates.sum(-1)
+        seen = gates.amin(-1) >= unseen * gates.sum(-1)
         gaps.append(torch.minimum(gap(group, module.topk_group), gap(choice, module.top_k)).where(seen, math.inf))
 
     for path, module in model.named_modules():
@@ -419,7 +419,7 @@ def watch_rotations():
 class Judge:
     """HF's model of a config and its MTP modules, with the weights of a checkpoint; what they computed last."""
 
-    def __init__(self, config, weights):
+    def __init__(self, config, weights, unseen=0):
         v2 = config["model_type"] == "deepseek_v2"
         apart = "model_type", "torch_dtype", "dtype", "quantization_config"
         hf = (DeepseekV2Config if v2 else DeepseekV3Config)(
@@ -431,7 +431,7 @@ class Judge:
         self.kept, self.gaps = {}, []
         for part in [self.model, self.mtp][: 2 if self.depth else 1]:
             fill(part, self.layers, weights)
-            watch(part, self.layers, self.kept, self.gaps)
+            watch(part, self.layers, self.kept, self.gaps, unseen)
 
     def logits(self, tokens):
         """(T, W) of a list of tokens, the whole sequence at once, nothing cached."""
@@ -658,7 +658,7 @@ def make_shipped():
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED)
     weights = read_checkpoint(SHIPPED)[1]
     with Float64():
-        judge = Judge(json.loads((SHIPPED / "config.json").read_text("utf-8")), weights)
+        judge = Judge(json.loads((SHIPPED / "config.json").read_text("utf-8")), weights, UNSEEN)
         for text in TEXTS:
             tokens = tokenizer(text).input_ids
             arrays = judge.arrays(tokens)
