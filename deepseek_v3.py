@@ -1,14 +1,10 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["numpy>=2.0", "safetensors>=0.6", "tokenizers>=0.21.1"]
-# ///
 """DeepSeek-V3, the whole model in one file: a specification that runs.
 
     python deepseek_v3.py     tells a story with the small model beside it; --help lists its flags
 
-Part I (sections 1-7) is the model as the paper defines it, for one sequence: equations, nothing
-cached and nothing skipped. Part II (section 8) computes the same with a cache; each piece says why
-it is equal, and test_deepseek_v3.py shows it in float64. Part III (sections 9-11) is the program.
+Part I (sections 1-7) is the model as the paper defines it, for one sequence: nothing cached,
+nothing skipped. Part II (section 8) computes the same; each piece says why it is equal, and a test
+shows it in float64. Part III (sections 9-11) is the program.
 
     component   definition                     computation                 equal because
     attention   mla_naive: keys of each head   mla_absorbed: one for all   q . (W c) = (W^T q) . c
@@ -16,16 +12,15 @@ it is equal, and test_deepseek_v3.py shows it in float64. Part III (sections 9-1
     experts     moe_all: the sum over all      moe_chosen: the chosen      the other gates are 0
     generation  generate_greedy                generate, MTP drafts        the rule of `verify`
 
-The model takes its two expensive parts as arguments, by default their definitions: `attend` is
-mla_naive, `experts` is moe_all. With these, part I also runs under jax.numpy, in jit and grad
-(except that `top_k` asks for a stable sort in NumPy's words); weights/train.py trains by it.
+The model takes its two expensive parts as arguments, by default the definitions: `attend` is
+mla_naive, `experts` is moe_all. With these it also runs under jax.numpy, in jit and grad (except
+that `top_k` asks for a stable sort in NumPy's words); weights/train.py trains by it.
 
-Equation numbers are those of the technical report (arXiv:2412.19437v2), tensor names those of the
-released checkpoint, configuration keys those of its config.json. "HF" is Hugging Face transformers
-5.23.0, "official" the code in deepseek-ai/DeepSeek-V3, inference/ (commit 9b4e978). x is the
-residual stream or what a layer reads of it (the paper's h_t, u_t); h is a state after all layers
-(h^0, h^k). Capital letters at the end of a name are the axes of an array: q_THX has the shape
-(T, H, X). A test runs the program and checks them.
+Equation numbers are the technical report's (arXiv:2412.19437v2), tensor names the checkpoint's,
+configuration keys config.json's. "HF" is Hugging Face transformers 5.23.0, "official" the code in
+deepseek-ai/DeepSeek-V3, inference/ (commit 9b4e978). x is the residual stream or what a layer reads
+of it (the paper's h_t, u_t); h is a state after all layers (h^0, h^k). Capital letters at the end
+of a name are the axes of an array: q_THX has the shape (T, H, X). A test checks them.
 
     T  tokens of this call             H  num_attention_heads     E  n_routed_experts
     S  positions seen, the last T      N  qk_nope_head_dim        K  num_experts_per_tok
@@ -45,10 +40,8 @@ import re
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import safetensors.numpy
@@ -94,11 +87,10 @@ def record(name, x):
 
 @contextlib.contextmanager
 def recording():
-    """Yields a dict that after the block holds {name: array} of what was recorded in it, the parts
-    of a sequence joined. Within another one it records in its place."""
+    """Yields a dict {name: array} of what is recorded in the block, parts of a sequence joined."""
     global recorded
-    outer, named = recorded, {}
-    recorded = named
+    outer, recorded = recorded, {}
+    named = recorded
     try:
         yield named
     finally:
@@ -108,7 +100,7 @@ def recording():
 
 
 # ---- 2. Configuration ----------------------------------------------------------------------------
-# The numbers that make one model of the family, with the paper's symbols. Defaults: DeepSeek-V3.
+# The numbers that make one model, with the paper's symbols. The defaults are DeepSeek-V3's.
 
 
 @dataclass(frozen=True)
@@ -172,8 +164,7 @@ def rms_norm(x, w, name, eps):
 
 
 def sigmoid(x):
-    """1 / (1 + e^-x), wide, returned in x's dtype. By e^-|x|, which is never infinite, so that
-    values and gradients are finite, and tiny ones accurate."""
+    """1 / (1 + e^-x), wide, returned in x's dtype; by e^-|x|, so that gradients are finite."""
     negative = wide(x) < 0
     e = xp.exp(xp.where(negative, wide(x), -wide(x)))
     return (xp.where(negative, e, 1) / (1 + e)).astype(x.dtype, copy=False)
@@ -202,32 +193,24 @@ def rope_frequencies(cfg):
     """Radians per position of each of the P pairs, float64 on the host. Plain RoPE: theta^(-2j/R).
 
     YaRN keeps the pairs that turn more than beta_fast times within the original context, divides
-    the frequency of those that turn less than beta_slow times by the factor, and blends in between.
-    It is static: once configured it holds at every position of every prompt, for queries and keys.
-    (In the official code a large max_seq_len switches it on.)"""
+    the frequency of those that turn less than beta_slow times by the factor, and blends in between:
+    at every position of every prompt. (In the official code a large max_seq_len switches it on.)"""
     R, theta, yarn = cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling
     freq_P = theta ** -(np.arange(0, R, 2) / R)
     if yarn is None:
         return freq_P
-
-    def pair_that_turns(times):
-        """The pair, as a real number, that turns so many times within the original context."""
-        turns = yarn.original_max_position_embeddings / (2 * math.pi * times)
-        return R * math.log(turns) / (2 * math.log(theta))
-
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), R - 1)  # as HF; P - 1 would be natural
+    def pair(turns):  # a real number: the pair that turns so often within the original context
+        length = yarn.original_max_position_embeddings / (2 * math.pi * turns)
+        return R * math.log(length) / (2 * math.log(theta))
+    low = max(math.floor(pair(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair(yarn.beta_slow)), R - 1)  # as HF; P - 1 would be natural
     ramp_P = np.clip((np.arange(R // 2) - low) / ((high - low) or 0.001), 0, 1)
     return freq_P * (1 - ramp_P) + freq_P / yarn.factor * ramp_P
 
 
 def softmax_scale(cfg):
-    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m^2, which eq. (10) leaves out: section 4.3
-    has m = 0.1 ln(s) + 1 for mscale 1.
-
-    >>> round(softmax_scale(Config()) * math.sqrt(128 + 64), 4)
-    1.8739
-    """
+    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m^2, which eq. (10) leaves out; section 4.3
+    has m = 0.1 ln(s) + 1, mscale 1: in DeepSeek-V3 m^2 is 1.8739."""
     yarn = cfg.rope_scaling
     m = 0.1 * yarn.mscale * math.log(yarn.factor) + 1 if yarn else 1
     return m**2 / math.sqrt(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
@@ -242,20 +225,16 @@ def rotations(start, T, cfg, dtype):
 
 def rope(x, rotation):
     """Rotate pair j of x, (a, b), by its angle: (a + ib) e^(i angle) is
-    (a cos - b sin) + i (a sin + b cos). x (..., R), rotation (..., P), broadcast.
-
-    In the released weights the pairs are neighbours, (2j, 2j+1). HF reorders queries and keys to
-    halves first, which leaves every score as it is but caches a permuted key."""
+    (a cos - b sin) + i (a sin + b cos). x (..., R), rotation (..., P), broadcast. Pairs are
+    neighbours, (2j, 2j+1), in the released weights. HF reorders queries and keys to halves first,
+    which leaves every score as it is but caches a permuted key."""
     z = (wide(x[..., 0::2]) + 1j * wide(x[..., 1::2])) * rotation
     return xp.stack([z.real, z.imag], axis=-1).reshape(x.shape).astype(x.dtype, copy=False)
 
 
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------
-# The keys and values of all heads are linear in one small vector per token, [c_KV ; k_R].
-#
-# Position enters by rotating queries and keys. A rotated key R_s W_UK c would tie W_UK to its
-# position s, and W_UK could not move to the query's side (section 8). So a key of its own, k_R,
-# carries the position: one for all heads, beside keys that are not rotated. That is decoupled RoPE.
+# All heads' keys and values are linear in one small vector per token, [c_KV ; k_R]. k_R alone, one
+# key for all heads, carries the position: a rotated W_UK c could not be absorbed (section 8).
 
 LATENT_EPS = 1e-6  # of the norms on the latents whatever rms_norm_eps says: so HF and official
 
@@ -289,8 +268,7 @@ def mla_query(x_TD, w, name, cfg, rotation_TP):
 
 
 def mla_latent(x_TD, w, name, cfg, rotation_TP):
-    """All that later tokens need of each token -> kv_TL = [c_KV ; k_R]. k_R comes from x, not from
-    c_KV, and has no norm."""
+    """All that later tokens need of a token -> kv_TL = [c_KV ; k_R]. k_R is not normed."""
     kv_TL = linear(x_TD, w, f"{name}.kv_a_proj_with_mqa")
     c_TC = kv_TL[:, : cfg.kv_lora_rank]  # eq. (1)
     c_TC = rms_norm(c_TC, w, f"{name}.kv_a_layernorm", LATENT_EPS)  # section 4.2
@@ -301,8 +279,7 @@ def mla_latent(x_TD, w, name, cfg, rotation_TP):
 
 
 def mla_naive(q_nope_THN, q_rope_THR, kv_SL, w, name, cfg, attention=attention):
-    """Definition: expand the latents to keys and values of every head, then multi-head attention
-    -> o_THV."""
+    """Definition: latents to keys and values of every head, then multi-head attention -> o_THV."""
     S, H, N = len(kv_SL), cfg.num_attention_heads, cfg.qk_nope_head_dim
     c_SC, k_rope_SR = kv_SL[:, : cfg.kv_lora_rank], kv_SL[:, cfg.kv_lora_rank :]
     up_SHX = linear(c_SC, w, f"{name}.kv_b_proj").reshape(S, H, -1)  # each head [key ; value]
@@ -343,9 +320,9 @@ def route(x_TD, w, name, cfg):
 
 
 def keep_best_groups(biased_TE, cfg):
-    """Node-limited routing. Score a group by the sum of its two highest biased affinities (two are
-    the paper's K_r / M); mask the experts of all but the topk_group best with -inf. A mask of 0, as
-    in older code, wins where biased affinities are negative (DeepSeek-V3 #741)."""
+    """Score a group by the sum of its two highest biased affinities (two are the paper's K_r / M);
+    mask the experts of all but the topk_group best with -inf. A mask of 0, as in older code, wins
+    where biased affinities are negative (DeepSeek-V3 #741)."""
     biased_TGX = biased_TE.reshape(len(biased_TE), cfg.n_group, -1)
     score_TG = xp.sum(xp.sort(biased_TGX, axis=-1)[..., -2:], axis=-1)
     keep_TG = xp.any(one_hot(top_k(score_TG, cfg.topk_group), cfg.n_group), axis=-2)
@@ -371,25 +348,16 @@ def moe(x_TD, w, name, cfg, experts=moe_all):
     return routed_TD + shared_TD
 
 
-def expert_load(index_TK, cfg):
-    """How many tokens chose each expert -> (E,)."""
-    return xp.sum(one_hot(index_TK, cfg.n_routed_experts), axis=(0, 1))
-
-
 def update_bias(bias_E, load_E, gamma):
     """Balancing without an auxiliary loss, after each training step, by the loads of its whole
-    batch: down by gamma where overloaded, up where underloaded, sign(0) = 0. As printed
-    (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift.
-
-    >>> update_bias(np.zeros(4), np.array([4, 2, 1, 1]), gamma=0.001)
-    array([-0.001,  0.   ,  0.001,  0.001])
-    """
+    batch: gamma down where overloaded, up where underloaded, 0 at the mean. As printed
+    (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift."""
     return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype)
 
 
 def balance_loss(score_TE, cfg):
-    """The balance loss of one sequence, without alpha. As printed: f counts the plain top K_r
-    affinities, with neither bias nor group limit; it carries no gradient."""
+    """The balance loss of one sequence, without alpha. As printed, f counts the plain top K_r
+    affinities, without bias or groups; it has no gradient."""
     K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
     chosen_TE = xp.sum(one_hot(top_k(score_TE, K), E), axis=-2)
     f_E = xp.mean(chosen_TE, axis=0) * (E / K)  # eq. (18)
@@ -420,10 +388,9 @@ def block(x_TD, w, layer, cfg, rotation_TP, attend=mla_naive, experts=moe_all):
 
 
 def forward(token_T, w, cfg, start=0, attend=mla_naive, experts=moe_all):
-    """Token ids to the main model's states h^0 (T, D), after `model.norm`.
-
-    w: a mapping of tensor names to arrays of `xp`, whose dtype is that of the computation.
-    start: the position of the first token; the definition is given whole sequences, from 0 on."""
+    """Token ids to the main model's states h^0 (T, D), after `model.norm`. w: tensor names to
+    arrays of `xp`, whose dtype is that of the computation. start: the position of the first token;
+    the definition is given whole sequences, from 0 on."""
     x_TD = w["model.embed_tokens.weight"][token_T]
     record("model.embed_tokens", x_TD)
     rotation_TP = rotations(start, len(token_T), cfg, x_TD.dtype)
@@ -440,8 +407,7 @@ def head(h_TD, w):
 
 
 def generate_greedy(prompt, w, cfg, max_tokens):
-    """Generation, as defined: the likeliest token follows, of equals the lowest id, and the whole
-    sequence goes through the model again. A list of token ids -> the list of new ones."""
+    """Generation, as defined: the likeliest token follows, of equals the lowest id -> new ids."""
     tokens = list(prompt)
     for _ in range(max_tokens):
         h_TD = forward(np.array(tokens), w, cfg)
@@ -450,13 +416,12 @@ def generate_greedy(prompt, w, cfg, max_tokens):
 
 
 # ---- 7. Multi-token prediction (section 2.2) -----------------------------------------------------
-# Module k predicts the token k+1 ahead: it joins the state of module k-1 with the embedding of the
-# token k ahead, so that each prediction keeps the causal chain of those before.
+# Module k predicts the token k+1 ahead. It joins the state of module k-1 with the embedding of the
+# token k ahead: so each prediction keeps the causal chain of those before.
 
 
 def mtp_depth(w, cfg):
-    """How many MTP modules there are: those of the configuration before the first whose tensors are
-    absent. Some checkpoints leave them out."""
+    """How many MTP modules w holds: some checkpoints leave them out."""
     for k in range(cfg.num_nextn_predict_layers):
         if f"model.layers.{cfg.num_hidden_layers + k}.eh_proj.weight" not in w:
             return k
@@ -465,11 +430,9 @@ def mtp_depth(w, cfg):
 
 def mtp(k, h_TD, token_T, w, cfg, start=0, attend=mla_naive, experts=moe_all):
     """Eqs. (21), (22): from the pairs (h_i^{k-1}, t_{i+k}), i from `start` on, the states h_i^k
-    (T, D); k counts from 1. token_T holds the t_{i+k}; `head` makes eq. (23) of the states.
-
-    Module k is layer num_hidden_layers + k - 1 of the checkpoint, a whole block of its own; the
-    embedding and the head are the main model's. Where the paper leaves a choice, or the released
-    weights differ from it:
+    (T, D); k counts from 1, token_T holds the t_{i+k}, `head` makes eq. (23) of the states. Module
+    k is layer num_hidden_layers + k - 1 of the checkpoint, a block of its own; embedding and head
+    are the main model's. Where the paper leaves a choice, or the released weights differ from it:
     - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
     - h^0 is the state after `model.norm`: so in HF, vLLM and SGLang; torchtitan takes it before
       (DeepSeek-V3 #839 was never answered). Likewise module k + 1 takes h^k after
@@ -499,15 +462,12 @@ def cross_entropy(logits_TW, target_T):
 
 def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, experts=moe_all):
     """The loss of pre-training, L_main + L_MTP + L_Bal, of one sequence of X = T + 1 tokens, X at
-    least 2 + the MTP modules; that of a batch is the mean.
-
-    L_main is the mean cross-entropy of tokens 2..T+1. L_Bal is alpha times `balance_loss`, summed
-    over all layers with experts (that the MTP modules' count among them is this file's reading).
-    The default weights are the paper's lambda of the first 10 trillion tokens, and its alpha.
+    least 2 + the MTP modules; that of a batch is the mean. L_main is the mean cross-entropy of
+    tokens 2..T+1; L_Bal is alpha times `balance_loss`, summed over all layers with experts, the MTP
+    modules' too (this file's reading). The weights are the paper's lambda at first, and its alpha.
 
     -> the loss, and its parts without lambda and alpha: {"main", "mtp": [L^1, L^2, ...], "balance",
-    "load": {name of the gate: load_E}}; `update_bias` needs the loads, added up over the batch. The
-    biases only choose, so their gradient is 0."""
+    "load": {name of the gate: load_E}}. The biases only choose, so their gradient is 0."""
     token_X = xp.asarray(token_X)
     T, depth, losses = len(token_X) - 1, mtp_depth(w, cfg), []
     with recording() as named:
@@ -519,7 +479,8 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
             losses.append(xp.sum(loss_T) / T)  # eq. (24): T - k terms, as printed divided by T
     gates = [name.removesuffix(".scores") for name in named if name.endswith(".gate.scores")]
     balance = sum(balance_loss(named[f"{gate}.scores"], cfg) for gate in gates)
-    load = {gate: expert_load(named[f"{gate}.indices"], cfg) for gate in gates}
+    chosen = {gate: one_hot(named[f"{gate}.indices"], cfg.n_routed_experts) for gate in gates}
+    load = {gate: xp.sum(chosen_TKE, axis=(0, 1)) for gate, chosen_TKE in chosen.items()}
     total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance  # eq. (25)
     return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
 
@@ -527,8 +488,7 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
 # ==== Part II. The model, as computed =============================================================
 
 # ---- 8. Latent cache, absorption, attention in pieces, chosen experts, the cached pass -----------
-# What generation runs. A port needs `Cache`, `mla_absorbed` (with `attention`) and `moe_chosen`;
-# the rest bounds memory, or chooses the cheaper of two equal forms.
+# What generation runs. A port needs `Cache`, `mla_absorbed` (with `attention`) and `moe_chosen`.
 
 MAX_EXPANDED = 2**29  # elements of expanded keys and values
 MAX_SCORES = 2**18  # scores held at a time, as many as fit a core's cache; on a GPU 256 times more
@@ -538,16 +498,14 @@ MIN_QUERIES = 256  # of one key head in a product (tokens times heads), even bey
 class Cache:
     """The latent cache of the main model or of one MTP module: for each layer an array (capacity,
     L), with an entry [c_KV ; k_R] for each position and nothing else. `length` positions are held;
-    to lower it is to forget the last ones, such as a rejected draft.
-
-    Equal because attention is causal: no later token changes an entry. Entry i of MTP module k is
-    that of the pair (h_i^{k-1}, t_{i+k})."""
+    to lower it is to forget the last ones, such as a rejected draft. Equal because attention is
+    causal: no later token changes an entry. Entry i of MTP module k is of (h_i^{k-1}, t_{i+k})."""
 
     def __init__(self, capacity):
         self.capacity, self.length, self.layers = capacity, 0, {}
 
     def write(self, name, kv_TL):
-        """Put a layer's next T entries behind the `length` held -> all S of them, (S, L)."""
+        """Put a layer's next T entries behind those held -> all S of them, (S, L)."""
         if name not in self.layers:
             self.layers[name] = xp.empty((self.capacity, kv_TL.shape[1]), kv_TL.dtype)
         end = self.length + len(kv_TL)
@@ -557,7 +515,6 @@ class Cache:
 
 def mla_absorbed(q_nope_THN, q_rope_THR, kv_SL, w, name, cfg):
     """= mla_naive, and no key is ever expanded.
-
     q . (W_UK c) = (W_UK^T q) . c: W_UK moves to the query's side, once per query instead of once
     per cached token. Then all heads share the key [c ; k_R], the cache's own entry, and the value
     c: multi-query attention with heads of size L, whose result W_UV expands at the end. Were the
@@ -574,7 +531,7 @@ def mla_absorbed(q_nope_THN, q_rope_THR, kv_SL, w, name, cfg):
 
 
 def absorbing_pays(T, S, cfg):
-    """Whether mla_absorbed multiplies less than mla_naive, or the latter's keys find no room."""
+    """Whether mla_absorbed multiplies less than mla_naive, or expanded keys find no room."""
     N, R, V, C = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
     naive = S * C * (N + V) + T * S * (N + R + V)  # per head
     absorbed = T * C * (N + V) + T * S * 2 * (C + R)
@@ -590,11 +547,8 @@ def mla_cached(cache, q_nope_THN, q_rope_THR, kv_TL, w, name, cfg):
 
 
 def attention_in_pieces(q_THX, k_SJX, v_SJY, scale):
-    """= attention, a few heads and queries at a time, so that only few scores are held.
-
-    The queries that share a key head meet it in one product. Scores are overwritten by their
-    exponentials; the division by their sum comes after the product with the values, which is
-    linear."""
+    """= attention, a few heads and queries at a time, so that only few scores are held. Queries
+    of one key head meet it in one product; the sum of the softmax divides last, which is linear."""
     (T, H, X), (S, J, Y) = q_THX.shape, v_SJY.shape
     shared = H // J  # query heads of each key head
     q = (wide(q_THX) * scale).reshape(T, J, shared, X).swapaxes(0, 1)
@@ -627,8 +581,8 @@ def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
     """= moe_all, which adds 0 for the others: each chosen expert sees the tokens that chose it."""
     K, index_X = cfg.num_experts_per_tok, to_host(index_TK).ravel()  # X = T K choices
     order_X = np.argsort(index_X, kind="stable")  # the choices by expert
-    expert_X, first_X = np.unique(index_X[order_X], return_index=True)
-    rows = [slice(a, b) for a, b in zip(first_X, [*first_X[1:], len(index_X)], strict=True)]
+    expert_X, count_X = np.unique(index_X, return_counts=True)
+    rows = [slice(end - n, end) for end, n in zip(np.cumsum(count_X), count_X, strict=True)]
 
     def linear_chosen(x_XY, w, name):
         """`linear` of each choice by the matrix of its expert."""
@@ -641,8 +595,8 @@ def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
 
 
 def cached_pass(step, arrays, w, cfg, cache, chunk):
-    """= step(*arrays, w, cfg), step being `forward` or `mtp` of one module, for arrays (T, ...)
-    that go on from what the cache holds, and enter it `chunk` positions at a time."""
+    """= step(*arrays, w, cfg), step being `forward` or one module's `mtp`: the arrays (T, ...) go
+    on from what the cache holds, and enter it `chunk` positions at a time."""
     parts, attend = [], functools.partial(mla_cached, cache)
     for rows in slices(len(arrays[0]), chunk):
         part = [x[rows] for x in arrays]
@@ -654,8 +608,6 @@ def cached_pass(step, arrays, w, cfg, cache, chunk):
 # ==== Part III. The program =======================================================================
 
 # ---- 9. Checkpoints ------------------------------------------------------------------------------
-# A directory in the Hugging Face layout: config.json is checked; tensors are decoded when first
-# used, and kept while there is room.
 
 
 class InputError(ValueError):
@@ -667,30 +619,15 @@ def require(condition, message):
         raise InputError(message)
 
 
-SUPPORTED = {  # the values that are implemented; first, what an absent key means
-    "model_type": ["deepseek_v3", "kimi_k2", "glm4_moe_lite"],
-    "hidden_act": ["silu"],
-    "scoring_func": ["sigmoid"],
-    "topk_method": ["noaux_tc"],
-    "norm_topk_prob": [True],
-    "moe_layer_freq": [1],
-    "attention_bias": [False],
-    "tie_word_embeddings": [False],
-    "partial_rotary_factor": [1],
-    "rope_interleave": [True],
-    "rope_scaling.type": ["default", "yarn"],
-    "rope_scaling.partial_rotary_factor": [1],
-    "rope_scaling.attention_factor": [None],
-    "rope_scaling.truncate": [True],
-}
-DEFAULTS = {  # what the absence of these keys means; those of Config that are not here are needed
-    "q_lora_rank": None,
-    "num_nextn_predict_layers": 1,
-    "routed_scaling_factor": 2.5,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 163840,
-}
+SUPPORTED = {  # an absent key means the first
+    "model_type": ["deepseek_v3", "kimi_k2", "glm4_moe_lite"], "hidden_act": ["silu"],
+    "scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"], "norm_topk_prob": [True],
+    "moe_layer_freq": [1], "attention_bias": [False], "tie_word_embeddings": [False],
+    "partial_rotary_factor": [1], "rope_interleave": [True],
+    "rope_type": ["default", "yarn"], "attention_factor": [None], "truncate": [True],
+}  # fmt: skip
+OPTIONAL = ["num_nextn_predict_layers", "routed_scaling_factor", "rms_norm_eps", "rope_theta",
+            "max_position_embeddings"]  # absent, they are as in DeepSeek-V3; fmt: skip
 MAY_BE_ZERO = ["first_k_dense_replace", "num_nextn_predict_layers"]
 
 
@@ -710,98 +647,79 @@ def read_config(path):
 
 
 def parse_config(keys):
-    """The Config that the keys of a config.json describe, in the release's spelling or in that of
-    transformers 5. null is the same as an absent key; keys that do not change the result are
-    ignored. Raises InputError."""
+    """The Config that the keys of a config.json describe, in the release's or transformers 5's
+    spelling. null means an absent key; keys that do not change the result are ignored."""
     given = {key: value for key, value in keys.items() if value is not None}
-    rope = given.get("rope_parameters", given.get("rope_scaling", {}))
-    require(isinstance(rope, dict), "rope_scaling must be an object or null")
-    require(given.get("rope_scaling", rope) == rope, "rope_scaling and rope_parameters differ")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    given |= {f"rope_scaling.{key}": value for key, value in rope.items()}
-    kind = rope.get("rope_type", rope.get("type"))
-    require(kind or "factor" not in rope, "rope_scaling has a factor, but no type")
-    given["rope_scaling.type"] = kind or "default"
+    rope = given.pop("rope_parameters", given.get("rope_scaling", {}))
+    same = isinstance(rope, dict) and given.pop("rope_scaling", rope) == rope
+    require(same, "rope_scaling must be an object or null, and equal to rope_parameters")
+    given |= {key: value for key, value in rope.items() if value is not None}
+    given.setdefault("rope_type", given.get("type", None if "factor" in rope else "default"))
     for key, values in SUPPORTED.items():
         value, supported = given.get(key, values[0]), " or ".join(map(repr, values))
         require(value in values, f"{key} {value!r:.99} is not implemented, only {supported}")
-    given = DEFAULTS | given | {"rope_scaling": None}
-    given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
-    given["rope_scaling"] = parse_yarn(rope) if kind == "yarn" else None
-    absent = [f.name for f in fields(Config) if f.name not in given]
-    wanted = "config.json in the Hugging Face layout is wanted"
-    require(not absent, f"the configuration lacks {', '.join(absent)}; a {wanted}")
-    heads = given["num_attention_heads"]
-    same = given.get("num_key_value_heads", heads) == heads
-    require(same, "num_key_value_heads must be num_attention_heads in MLA")
-    return Config(**{f.name: given[f.name] for f in fields(Config)})
-
-
-def parse_yarn(rope):
-    """The Yarn of a `rope_scaling`."""
-    for key in ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim"):
-        require(key in rope, f"rope_scaling of type yarn lacks {key}")
-    same = rope["mscale"] == rope["mscale_all_dim"]
-    require(same, "rope_scaling: mscale must be mscale_all_dim; else cos and sin would be scaled")
-    return Yarn(**{f.name: rope[f.name] for f in fields(Yarn) if f.name in rope})
+    given = {"q_lora_rank": None, "rope_scaling": None} | given
+    if given["rope_type"] == "yarn":
+        for key in ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim"):
+            require(key in given, f"rope_scaling of type yarn lacks {key}")
+        same = given["mscale"] == given["mscale_all_dim"]
+        require(same, "rope_scaling: only an mscale equal to mscale_all_dim is implemented")
+        yarn = [f.name for f in fields(Yarn) if f.name in given]
+        given["rope_scaling"] = Yarn(**{key: given[key] for key in yarn})
+    absent = [f.name for f in fields(Config) if f.name not in given and f.name not in OPTIONAL]
+    wanted = "the config.json of the Hugging Face layout is wanted; this one lacks"
+    require(not absent, f"{wanted} {', '.join(absent)}")
+    return Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
 
 
 def check_config(cfg):
-    """Raise InputError unless each value has its type (a bool is no number), each number is
-    positive, or 0 where that means something, and the model is defined for them."""
+    """Raise InputError unless each value has its type and a sane size, and they fit together."""
     for part in filter(None, (cfg, cfg.rope_scaling)):
         for f in fields(part):
-            value, kinds = getattr(part, f.name), get_args(f.type) or (f.type,)
-            fits = type(value) in kinds or (type(value) is int and float in kinds)
-            if fits and type(value) in (int, float):
-                fits = 1e-12 <= value <= 1e12 or (value == 0 and f.name in MAY_BE_ZERO)
+            value, least = getattr(part, f.name), 0 if f.name in MAY_BE_ZERO else 1e-12
+            fits = isinstance(value, f.type | int) and not isinstance(value, bool)
+            fits = fits and (not isinstance(value, int | float) or least <= value <= 1e12)
             kind = getattr(f.type, "__name__", f.type)
-            require(fits, f"{f.name} must be {kind}, from 1e-12 to 1e12, not {value!r:.99}")
-    E, G, layers = cfg.n_routed_experts, cfg.n_group, cfg.num_hidden_layers
+            require(fits, f"{f.name} must be {kind}, {least} to 1e12, not {value!r:.99}")
+    E, G, K = cfg.n_routed_experts, cfg.n_group, cfg.num_experts_per_tok
+    layers, yarn, most = cfg.num_hidden_layers, cfg.rope_scaling, cfg.topk_group * E // G
     tensors = (layers + cfg.num_nextn_predict_layers) * (3 * E + 20)
-    many = "num_hidden_layers times n_routed_experts makes more than half a million tensors"
-    require(tensors < 2**19, many)
-    dense = cfg.first_k_dense_replace
-    require(dense < layers, f"first_k_dense_replace {dense} leaves no layer of {layers} experts")
+    require(tensors < 2**19, "num_hidden_layers times n_routed_experts: over 500,000 tensors")
+    require(cfg.first_k_dense_replace < layers, "first_k_dense_replace leaves no layer of experts")
     require(cfg.rope_theta > 1, f"rope_theta must be above 1, not {cfg.rope_theta}")
-    stretched = cfg.rope_scaling is None or cfg.rope_scaling.factor >= 1
-    require(stretched, "rope_scaling: factor must be 1 or more")
+    require(yarn is None or yarn.factor >= 1, "rope_scaling: factor must be 1 or more")
     require(cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE rotates pairs")
-    require(E % G == 0, f"n_routed_experts {E} must be a multiple of n_group {G}")
+    grouped = E % G == 0 and (G == 1 or E > G)  # a group is scored by its best two
+    require(grouped, f"n_group {G} must divide n_routed_experts {E} into groups of 2 or more")
     require(cfg.topk_group <= G, f"topk_group {cfg.topk_group} must be at most n_group {G}")
-    require(G == 1 or E > G, f"n_group {G}: a group of one expert has no two to be scored by")
-    K, most = cfg.num_experts_per_tok, cfg.topk_group * E // G
-    require(K <= most, f"num_experts_per_tok {K} is more than {most}, the experts of topk_group")
+    require(K <= most, f"num_experts_per_tok {K} is more than the {most} experts of topk_group")
 
 
 def tensor_shapes(cfg):
-    """Name -> shape of every tensor of the model and its MTP modules, under the checkpoint's own
-    names. (Released checkpoints hold the MTP modules' embedding and head a second time; they are
-    shared, so not listed.)"""
+    """Name -> shape of every tensor of a checkpoint, its MTP modules' too, except their copies of
+    the embedding and head, which are shared."""
     D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
-    N, V, Q, E = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.q_lora_rank, cfg.n_routed_experts
+    N, V, Q, W = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.q_lora_rank, cfg.vocab_size
 
     def mlp(name, width):
-        up = {f"{name}.gate_proj": (width, D), f"{name}.up_proj": (width, D)}
-        return up | {f"{name}.down_proj": (D, width)}
+        parts = {"gate_proj": (width, D), "up_proj": (width, D), "down_proj": (D, width)}
+        return {f"{name}.{part}": shape for part, shape in parts.items()}
 
     attention = {"q_proj": (H * (N + R), D)}
     if Q is not None:
         attention = {"q_a_proj": (Q, D), "q_a_layernorm": (Q,), "q_b_proj": (H * (N + R), Q)}
     attention |= {"kv_a_proj_with_mqa": (C + R, D), "kv_a_layernorm": (C,)}
     attention |= {"kv_b_proj": (H * (N + V), C), "o_proj": (D, H * V)}
+    E = cfg.n_routed_experts
     moe = {"mlp.gate": (E, D), "mlp.gate.e_score_correction_bias": (E,)}
     moe |= mlp("mlp.shared_experts", cfg.n_shared_experts * cfg.moe_intermediate_size)
     for e in range(E):
         moe |= mlp(f"mlp.experts.{e}", cfg.moe_intermediate_size)
-
-    shapes = {"model.embed_tokens": (cfg.vocab_size, D), "model.norm": (D,)}
-    shapes["lm_head"] = (cfg.vocab_size, D)
+    shapes = {"model.embed_tokens": (W, D), "model.norm": (D,), "lm_head": (W, D)}
     for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
         parts = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
         parts |= {f"self_attn.{part}": shape for part, shape in attention.items()}
-        dense = layer < cfg.first_k_dense_replace
-        parts |= mlp("mlp", cfg.intermediate_size) if dense else moe
+        parts |= mlp("mlp", cfg.intermediate_size) if layer < cfg.first_k_dense_replace else moe
         if layer >= cfg.num_hidden_layers:
             parts |= {"enorm": (D,), "hnorm": (D,), "eh_proj": (D, 2 * D), "shared_head.norm": (D,)}
         shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
@@ -812,9 +730,9 @@ BLOCK = 128  # an FP8 weight has one scale for each block of 128 x 128; the last
 
 
 def dequantize(code, scale):
-    """FP8 codes (Y, X) and their `weight_scale_inv` (ceil(Y / 128), ceil(X / 128)) -> float32. The
-    scale multiplies, whatever `inv` suggests: one float32 product is the definition. The format,
-    e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN."""
+    """FP8 codes (Y, X) and `weight_scale_inv` (ceil(Y / 128), ceil(X / 128)) -> float32. The scale
+    multiplies, whatever `inv` suggests, in one float32 product. The format, e4m3fn: sign, 4 bits of
+    exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN."""
     byte = np.arange(128)
     exponent, mantissa = byte >> 3, (byte & 7) / 8
     value = np.where(exponent == 0, mantissa / 64, (1 + mantissa) * 2.0 ** (exponent - 7))
@@ -827,15 +745,12 @@ def dequantize(code, scale):
 
 
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "|u1"}  # as NumPy's
-MAX_DECODED = 2**22  # elements that a thread decodes at a time, 16 MB in float32
-THREADS = ThreadPoolExecutor(
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-)
+MAX_DECODED = 2**22  # elements that are decoded at a time, 16 MB in float32
 
 
 class Stored:
-    """A tensor in a file. Where there is no room to keep it decoded, it stands for its array: the
-    model asks of a matrix x @ w.T, the rows of some ids (of the embedding), and a reshape."""
+    """A tensor in a file, in place of its array where there is no room for that: the model asks
+    of a matrix x @ w.T, the rows of some ids (of the embedding), and a reshape."""
 
     __array_ufunc__ = None  # so that NumPy and CuPy leave x @ w to __rmatmul__
     T = property(lambda self: self)  # x @ w.T is the only product asked for
@@ -846,24 +761,20 @@ class Stored:
 
     def __getitem__(self, rows):
         """Some rows, decoded to float32, then in dtype. A slice of FP8 begins with a block."""
-        path, kind = self.file.filename, STORED[self.kind]
-        apart = np.memmap(path, kind, "r", self.offset, self.shape)  # freed with its pages
+        name, kind = self.file.filename, STORED[self.kind]
+        apart = np.memmap(name, kind, "r", self.offset, self.shape)  # frees its pages
         part = xp.asarray(apart[rows if isinstance(rows, slice) else to_host(rows)])
         if self.kind == "BF16":
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
         if self.kind == "F8_E4M3":
-            scale = self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)]
-            sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times more: the largest float32
-            require(sound, f"{path}: a weight_scale_inv is not a number from 0 to 6e35")
-            part = dequantize(part, scale)
+            part = dequantize(part, self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)])
         return part.astype(self.dtype, copy=False)
 
     def __rmatmul__(self, x):
-        """x @ w.T in bands of rows, each multiplied by the thread that decoded it."""
+        """x @ w.T, some rows at a time."""
         rows = MAX_DECODED // self.shape[1] // BLOCK * BLOCK
         bands = slices(self.shape[0], max(BLOCK, rows))
-        products = (THREADS.map if xp is np else map)(lambda band: x @ self[band].T, bands)
-        return xp.concatenate(list(products), axis=-1)
+        return xp.concatenate([x @ self[band].T for band in bands], axis=-1)
 
     def whole(self):
         return self[0 : self.shape[0]]
@@ -873,9 +784,8 @@ class Stored:
 
 
 def read_safetensors(path):
-    """A file's tensors, name -> Stored, if the safetensors library finds it sound. The format: 8
-    bytes, the length n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}, and
-    "__metadata__"; the tensors' bytes."""
+    """A file's tensors, name -> Stored, if the safetensors library finds it sound. The format: the
+    header's length n in 8 bytes; n bytes of JSON, {name: {dtype, shape, data_offsets}}; data."""
     try:
         names = safetensors.safe_open(path, "np").keys()
     except (OSError, safetensors.SafetensorError) as e:
@@ -883,28 +793,25 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(n))
-    entries = {name: header[name] for name in names}
-    sound = all(isinstance(entry, dict) for entry in entries.values())
-    require(sound, f"{path}: a tensor's entry is not an object")
-    file = np.memmap(path, np.uint8, "r")
-    return {name: Stored(file, it["dtype"], tuple(it["shape"]), 8 + n + it["data_offsets"][0])
-            for name, it in entries.items()}  # fmt: skip
+    file, tensors = np.memmap(path, np.uint8, "r"), {}
+    for name in names:
+        require(isinstance(header[name], dict), f"{path}: the entry of {name!r:.99} is no object")
+        kind, shape, (begin, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        tensors[name] = Stored(file, kind, tuple(shape), 8 + n + begin)
+    return tensors
 
 
 def read_shards(directory):
-    """All tensors of a directory, name -> Stored. The index, if there is one, says which file holds
-    which; a weight and its scale may lie in different files."""
+    """All tensors of a directory, name -> Stored. An index, if any, says which file holds which."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not index.exists():
-        there = ", ".join(sorted(path.name for path in directory.glob("*"))[:5])
-        lacking = f"{directory} lacks {single.name} and {index.name}; it holds {there:.200}"
-        require(single.exists(), lacking)
+        there = sorted(path.name for path in directory.glob("*"))[:5]
+        require(single.exists(), f"{single} is not there, nor its index; there are {there}")
         return read_safetensors(single)
     weight_map = read_json(index).get("weight_map")
     require(isinstance(weight_map, dict), f"{index} lacks weight_map: which file holds a tensor")
     for shard in weight_map.values():
-        plain = isinstance(shard, str) and shard.isprintable()
-        plain = plain and os.path.basename(shard) == shard != ""
+        plain = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
         require(plain, f"{index}: {shard!r:.99} is not the name of a file beside it")
     shards = {shard: read_safetensors(directory / shard) for shard in set(weight_map.values())}
     return {name: shards[s][name] for name, s in weight_map.items() if name in shards[s]}
@@ -912,55 +819,32 @@ def read_shards(directory):
 
 def system_bytes(path, key):
     """The bytes of a line "{key}: n kB" of a file in Linux's /proc; 0 elsewhere."""
-    try:
-        found = re.search(rf"{key}:\s*(\d+) kB", Path(path).read_text())
-    except OSError:
-        return 0
+    lines = Path(path).read_text() if Path(path).exists() else ""
+    found = re.search(rf"{key}:\s*(\d+) kB", lines)
     return 1024 * int(found[1]) if found else 0
 
 
 class Checkpoint:
     """The weights in a directory: tensor name -> array of `xp` in `dtype` (a router's in float32 or
-    better), decoded when first used; where there is no room for a matrix, its Stored.
-
-    Members are the tensors of `tensor_shapes`, each checked at once, without absent MTP modules.
-    memory: bytes that decoded tensors may take, by default 70 % of what Linux or the GPU has free;
-    first come, first kept. Raises InputError."""
+    better), decoded when first used; where there is no room for a matrix, its Stored. Members are
+    the tensors of `tensor_shapes`, each checked at once, without absent MTP modules. memory: bytes
+    that decoded tensors may take, by default 70 % of what is free; first come, first kept."""
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
         quantised = read_json(Path(directory, "config.json")).get("quantization_config")
-        check_quantization(quantised)
+        method = (quantised or {"quant_method": "fp8"}).get("quant_method")
+        require(method == "fp8", f"quant_method {method!r:.99} is not implemented, only 'fp8'")
         self.loaded, self.stored = {}, read_shards(Path(directory))
         self.cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(self.stored, cfg))
         self.shapes = tensor_shapes(self.cfg)
         for name, shape in self.shapes.items():
-            self.check(directory, name, shape)
-            routes = ".mlp.gate." in name  # routing is computed in float32 or better
-            self.stored[name].dtype = np.promote_types(dtype, np.float32 if routes else dtype)
-        free = system_bytes("/proc/meminfo", "MemAvailable") or math.inf
-        if xp is not np:
-            free = xp.cuda.runtime.memGetInfo()[0]
-        self.room = 0.7 * free if memory is None else memory
-
-    def check(self, directory, name, shape):
-        """Whether a tensor is there, and as config.json says; and what FP8 needs."""
-        if name not in self.stored:
-            near = max(self.stored, key=lambda it: len(os.path.commonprefix([it, name])), default="")
-            require(False, f"{directory} lacks {name}, though it has {near!r:.200}")
-        stored = self.stored[name]
-        known = ", ".join(STORED)
-        require(stored.kind in STORED, f"{name} has dtype {stored.kind}, not one of {known}")
-        said = f"{name} has shape {list(stored.shape)}, config.json says {list(shape)}"
-        require(stored.shape == shape, said)
-        if stored.kind == "F8_E4M3":
-            is_matrix = len(shape) == 2 and "embed_tokens" not in name
-            require(is_matrix, f"{name} is FP8, which only the matrix of a linear map can be")
-            stored.scale = self.stored.get(f"{name}_scale_inv")
-            grid = tuple(-(-n // BLOCK) for n in shape)
-            sound = stored.scale and stored.scale.shape == grid
-            sound = sound and stored.scale.kind in ("F32", "BF16")
-            lacking = f"{name} is FP8, so {name}_scale_inv must be there, F32 or BF16 of {grid}"
-            require(sound, lacking)
+            check_tensor(name, shape, self.stored)
+            least = np.float32 if ".mlp.gate." in name else dtype  # of routing
+            self.stored[name].dtype = np.promote_types(dtype, least)
+        if memory is None:
+            free = system_bytes("/proc/meminfo", "MemAvailable") or math.inf
+            memory = 0.7 * (free if xp is np else xp.cuda.runtime.memGetInfo()[0])
+        self.room = memory
 
     def __contains__(self, name):
         return name in self.shapes
@@ -969,34 +853,37 @@ class Checkpoint:
         if name in self.loaded:
             return self.loaded[name]
         stored = self.stored[name]
+        size = math.prod(stored.shape) * stored.dtype.itemsize
         if xp is np and STORED[stored.kind] == stored.dtype.str:  # nothing to decode: stays mapped
             found = np.ndarray(stored.shape, stored.dtype, stored.file, stored.offset)
-        elif len(stored.shape) == 2 and math.prod(stored.shape) * stored.dtype.itemsize > self.room:
+        elif size > self.room and len(stored.shape) == 2:
             return stored
         else:
             found = stored.whole()
-            self.room -= found.nbytes
-        if name.endswith("e_score_correction_bias"):
-            require(xp.isfinite(found).all(), f"{name} is not finite, so no expert can be chosen")
+            self.room -= size
+        finite = not name.endswith("e_score_correction_bias") or xp.isfinite(found).all()
+        require(finite, f"{name} is not finite, so no expert can be chosen")
         self.loaded[name] = found
         return found
 
 
-def check_quantization(keys):
-    """Raise InputError unless a `quantization_config` is null, or the release's FP8."""
-    if keys is None:
-        return
-    require(isinstance(keys, dict), "quantization_config must be an object or null")
-    release = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    for key, value in release.items():
-        given = keys.get(key, None if key == "quant_method" else value)
-        said = f"quantization_config.{key} {given!r:.99} is not implemented, only {value!r}"
-        require(given == value, said)
+def check_tensor(name, shape, stored):
+    """Raise InputError unless a tensor is there, as config.json says, and FP8 with its scales."""
+    if name not in stored:
+        near = max(stored, key=lambda it: len(os.path.commonprefix([it, name])), default="none")
+        raise InputError(f"the weights lack {name}; the nearest name that they have is {near:.200}")
+    it, scale = stored[name], stored.get(f"{name}_scale_inv")
+    require(it.kind in STORED, f"{name} has dtype {it.kind}, not one of {', '.join(STORED)}")
+    require(it.shape == shape, f"{name} has shape {it.shape}, config.json says {shape}")
+    if it.kind == "F8_E4M3":
+        grid = tuple(-(-n // BLOCK) for n in shape)
+        sound = scale and scale.shape == grid and scale.kind in ("F32", "BF16")
+        sound = sound and len(shape) == 2 and "embed_tokens" not in name
+        require(sound, f"{name} is FP8: only a linear map may be, with {name}_scale_inv of {grid}")
+        it.scale = scale
 
 
 # ---- 10. Generation ------------------------------------------------------------------------------
-# One loop runs what is new, chooses the next token, lets the MTP module draft the one after, and
-# verifies the draft in the next pass. The trace of one pass is what a port is checked by.
 
 CHUNK = 1024  # tokens that go through the model at a time, which bounds its activations' memory
 
@@ -1012,21 +899,15 @@ class Sampling:
 
     def __post_init__(self):
         sound = 0 <= self.temperature < math.inf and self.top_k >= 0 and self.seed >= 0
-        said = "temperature, top-k and seed must be 0 or more, top-p above 0 and at most 1"
-        require(sound and 0 < self.top_p <= 1, f"{said}: {self}")
+        require(sound and 0 < self.top_p <= 1, f"temperature, top-k, top-p or seed: {self}")
 
 
 def distribution(logits_W, sampling):
     """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then
     top-k, then top-p (of what top-k left, the fewest likeliest tokens that reach it). Among equals
-    the lowest id comes first.
-
-    >>> distribution(np.log([0.2, 0.5, 0.3]), Sampling(temperature=1.0, top_p=0.6)).round(3)
-    array([0.   , 0.625, 0.375])
-    """
+    the lowest id comes first."""
     logits_W = logits_W.astype(np.float64)
-    finite = np.isfinite(logits_W).all()
-    require(finite, "the model's logits are not finite: the weights or the dtype overflow")
+    require(np.isfinite(logits_W).all(), "logits are not finite: the weights or the dtype overflow")
     if sampling.temperature == 0:
         return (np.arange(logits_W.size) == np.argmax(logits_W)).astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature: e^-inf is the 0 it should be
@@ -1046,9 +927,8 @@ def draw(p_W, rng):
 
 
 def verify(p_W, q_W, draft, rng):
-    """The rejection rule of speculative sampling (arXiv:2211.17192): whether a draft drawn from q
-    is accepted, and the token, which is distributed as p exactly. Accept with probability
-    min(1, p/q), else draw from max(p - q, 0)."""
+    """The rejection rule of speculative sampling (arXiv:2211.17192) -> accepted, token. A draft
+    of q is accepted with probability min(1, p/q), else max(p - q, 0) is drawn from: exactly p."""
     if rng.random() * q_W[draft] < p_W[draft]:
         return True, draft
     rest_W = np.maximum(p_W - q_W, 0)
@@ -1061,41 +941,38 @@ def check_prompt(prompt, cfg, max_tokens):
     """Raise InputError for a prompt that cannot be continued by max_tokens."""
     most = cfg.max_position_embeddings - max_tokens
     fits = max_tokens >= 0 and 0 < len(prompt) <= most
-    said = f"of the model's {cfg.max_position_embeddings} positions new tokens take {max_tokens}"
-    require(fits, f"a prompt of {len(prompt)} tokens must have 1 to {most}: {said}")
+    require(fits, f"{len(prompt)} tokens, not 1 to {most}, and {max_tokens} new ones")
     bad = [token for token in prompt if not 0 <= token < cfg.vocab_size]
     require(not bad, f"token id {bad[:1]!s:.99} is not one of 0 to {cfg.vocab_size - 1}")
 
 
 def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, stats=None,
              chunk=CHUNK):  # fmt: skip
-    """Continue a prompt, a list of token ids; yields tokens as they are made, up to max_tokens or
-    the first of `stop`.
-
-    stats: a Counter, to fill with drafted, accepted, cache_bytes. speculate: draft with the first
-    MTP module, if there is one. This changes the speed, not the distribution, and no token of
-    greedy output (unless two logits are equal but for rounding).
+    """Continue a prompt of token ids: yields up to max_tokens, or to the first of `stop`. speculate
+    drafts with MTP module 1, if any; no distribution changes. stats: a Counter, to be filled.
 
     With t_n the last token, the main model sees [t_n, draft of t_{n+1}] in one pass. If `verify`
     accepts the draft, it and the token after it are known; if not, the token in its place, and the
-    draft's cache entry is forgotten. Now each verified state h_i has its next token: the MTP module
-    sees these pairs, at positions i, and drafts again."""
+    cache forgets the draft. Now each verified state h_i has its next token: module 1 sees these
+    pairs, at positions i, and drafts again."""
     check_prompt(prompt, cfg, max_tokens)
     sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     rng, end = np.random.default_rng(sampling.seed), len(prompt) + max_tokens
-    speculate = speculate and mtp_depth(w, cfg) > 0
-    tokens, draft, q_W = list(prompt), [], None
     cache, mtp_cache = Cache(end), Cache(end)
+    tokens, draft, q_W = list(prompt), [], None
     while True:
         start = cache.length
-        fed_T = np.array(tokens[start:] + draft)
-        h_TD = cached_pass(forward, [fed_T], w, cfg, cache, chunk)
+        h_TD = cached_pass(forward, [np.array(tokens[start:] + draft)], w, cfg, cache, chunk)
         logits_XW = to_host(head(h_TD[-1 - len(draft) :], w))
+        p_XW = [distribution(logits_W, sampling) for logits_W in logits_XW]
+        if draft:
+            accepted, token = verify(p_XW[0], q_W, draft[0], rng)
+            new = [token, draw(p_XW[1], rng)] if accepted else [token]
+        else:
+            new = [draw(p_XW[0], rng)]
+        stats.update(drafted=len(draft), accepted=len(new) - 1)
         held = [*cache.layers.values(), *mtp_cache.layers.values()]
-        stats["cache_bytes"] = sum(kv_SL.nbytes for kv_SL in held)
-        new = choose(logits_XW, draft, q_W, sampling, rng)
-        stats["drafted"] += len(draft)
-        stats["accepted"] += len(new) == 2
+        stats["cache_bytes"] = sum(kv_XL.nbytes for kv_XL in held)
         for token in new[: end - len(tokens)]:
             tokens.append(token)
             yield token
@@ -1104,37 +981,24 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
         if len(tokens) == end:
             return
         cache.length = len(tokens) - 1  # forgets a rejected draft
-        if speculate:
+        if speculate and mtp_depth(w, cfg):
             pair_T = np.array(tokens[start + 1 :])  # the tokens t_{i+1} of the states h_i
-            inputs = h_TD[: len(pair_T)], pair_T
-            g_TD = cached_pass(functools.partial(mtp, 1), inputs, w, cfg, mtp_cache, chunk)
+            step, inputs = functools.partial(mtp, 1), [h_TD[: len(pair_T)], pair_T]
+            g_TD = cached_pass(step, inputs, w, cfg, mtp_cache, chunk)
             q_W = distribution(to_host(head(g_TD[-1:], w))[0], sampling)
             draft = [draw(q_W, rng)]
 
 
-def choose(logits_XW, draft, q_W, sampling, rng):
-    """The next token, and the one after it if there is a draft and it is accepted."""
-    p_W = distribution(logits_XW[0], sampling)
-    if not draft:
-        return [draw(p_W, rng)]
-    accepted, token = verify(p_W, q_W, draft[0], rng)
-    return [token, draw(distribution(logits_XW[1], sampling), rng)] if accepted else [token]
-
-
 def trace(prompt, w, cfg, chunk=CHUNK):
     """Every named activation of a prompt's forward pass -> {name: NumPy array (T, ...)}, in the
-    order of computation; the names are the paths of the checkpoint's modules.
-
-    chunk: how many tokens enter the latent cache at a time; None: the definition, whole. MTP module
-    k sees the pairs within the prompt, so its arrays have T - k rows."""
+    order of computation, by the checkpoint's modules. chunk: how many tokens enter the cache at a
+    time; None: the definition. MTP module k sees the pairs in the prompt, so it has T - k rows."""
     check_prompt(prompt, cfg, 0)
     T, token_T = len(prompt), np.array(prompt)
-
     def run(step, *arrays):
         if chunk is None:
             return step(*arrays, w, cfg)
         return cached_pass(step, arrays, w, cfg, Cache(T), chunk)
-
     with recording() as named:
         h_XD = run(forward, token_T)
         record("lm_head", head(h_XD, w))
@@ -1148,50 +1012,45 @@ def trace(prompt, w, cfg, chunk=CHUNK):
 def write_trace(path, named):
     """Write arrays as safetensors; what stands at the path is whole, or as it was."""
     part = Path(f"{path}.part")
-    dense = {name: np.asarray(x, order="C") for name, x in named.items()}  # the library needs it
+    named = {name: np.asarray(x, order="C") for name, x in named.items()}  # the library needs it
     try:
-        part.write_bytes(safetensors.numpy.save(dense))
+        part.write_bytes(safetensors.numpy.save(named))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
-# Text goes to stdout, everything else to stderr; what cannot be done is refused in one line.
 
 OPENING = "Once upon a time, there was a little dog"  # the prompt where none is given
 
 
 def say(message):
-    """One line on stderr, whatever an error's text may hold."""
+    """One line on stderr."""
     print(message.splitlines()[0], file=sys.stderr, flush=True)
 
 
 def choose_device(wanted):
-    """The namespace. auto takes the GPU if CuPy works, and says why if it is there but does not;
-    gpu insists."""
+    """CuPy where it is wanted and works, or NumPy; auto says why if CuPy is there but fails."""
     if wanted == "cpu":
         return np
     try:
         import cupy
 
-        one = cupy.ones((2, 2), np.float32)
-        float((one @ one).sum())  # loads CUDA's libraries: NVRTC for a kernel, cuBLAS
+        float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum())  # loads CUDA's NVRTC and cuBLAS
         return cupy
     except Exception as e:  # of any kind: a kernel that does not compile raises a bare Exception
-        package = "cupy-cuda13x[ctk] or cupy-cuda12x, the one for the driver"
-        require(wanted != "gpu", f"--device gpu needs {package}: {e}")
+        require(wanted != "gpu", f"--device gpu needs cupy-cuda13x[ctk] or cupy-cuda12x: {e}")
         if getattr(e, "name", None) != "cupy":  # CuPy is there
             say(f"note: on the CPU, since CuPy does not work: {e}")
         return np
 
 
 def inspect(cfg):
-    """Print the parameters and the cache, beside one that would keep MLA's own keys (N + R) and
-    values (V) for all heads, for 8, for one."""
+    """Print the parameters and the cache, beside one of MLA's keys and values of some heads."""
     total = sum(map(math.prod, tensor_shapes(replace(cfg, num_nextn_predict_layers=0)).values()))
     modules = sum(map(math.prod, tensor_shapes(cfg).values())) - total
-    layers = cfg.num_hidden_layers
+    layers, H = cfg.num_hidden_layers, cfg.num_attention_heads
     idle = (layers - cfg.first_k_dense_replace) * (cfg.n_routed_experts - cfg.num_experts_per_tok)
     active = total - idle * 3 * cfg.hidden_size * cfg.moe_intermediate_size
     latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
@@ -1199,34 +1058,31 @@ def inspect(cfg):
     print(f"parameters of the main model  {total:>19,}")
     print(f"  activated per token         {active:>19,}  embedding and head included")
     print(f"parameters of MTP modules     {modules:>19,}  beside the shared embedding and head")
-    cached = f"{latent * layers:>19,}  {2 * latent * layers:,} bytes in BF16"
-    print(f"cache elements per token      {cached}")
-    H = cfg.num_attention_heads
+    print(f"cache elements per token      {latent * layers:>19,}  twice as many bytes in BF16")
     for label, heads in (("MHA", H), ("GQA, 8 key heads", min(8, H)), ("MQA", 1)):
         times = f"{heads * pair / latent:.1f} times as many"
         print(f"  with {label:<22} {heads * pair * layers:>19,}  {times}")
 
 
-class Text:
-    """A checkpoint's tokenizer.json, with the BOS that its tokenizer_config.json may ask for."""
+def read_tokenizer(directory):
+    """tokenizer.json, and the id of the BOS that tokenizer_config.json asks for."""
+    path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # a bare Exception, if the file is absent or malformed
+        raise InputError(f"{path}: {e}; --tokens takes ids without it") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = read_json(config) if config.exists() else {}
+    bos = settings.get("bos_token")
+    bos = str(bos.get("content") if isinstance(bos, dict) else bos)  # a string, or in an object
+    return tokenizer, [tokenizer.token_to_id(bos)] if settings.get("add_bos_token") else []
 
-    def __init__(self, directory):
-        path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # a bare Exception, if the file is absent or malformed
-            raise InputError(f"{path}: {e}; --tokens takes ids without it") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        settings = read_json(config) if config.exists() else {}
-        bos = settings.get("bos_token") or ""  # a string, or in an object
-        bos = str(bos.get("content") if isinstance(bos, dict) else bos)
-        self.bos = self.tokenizer.token_to_id(bos) if settings.get("add_bos_token") else None
 
-    def encode(self, text):
-        """Token ids, with BOS before them, once, if the tokenizer or its configuration says so."""
-        ids = self.tokenizer.encode(text).ids
-        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+def encode(text, tokenizer, bos):
+    """Token ids, with BOS before them, once, if the tokenizer or its configuration says so."""
+    ids = tokenizer.encode(text).ids
+    return ids if ids[: len(bos)] == bos else bos + ids
 
 
 def token_ids(text):
@@ -1238,79 +1094,58 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="DeepSeek-V3 on NumPy and CuPy.")
     parser.error = lambda message: require(False, f"{message}; --help lists the flags")
     flag, weights = parser.add_argument, Path(__file__).resolve().parent / "weights"
-    flag("-p", "--prompt", action="append", default=[], metavar="TEXT",
-         help="text to continue; - is stdin; repeatable")
-    flag("--tokens", action="append", default=[], type=token_ids, metavar="IDS",
-         help='token ids instead: "3 14 15"; repeatable')
-    flag("--weights", type=Path, default=weights, metavar="DIR",
-         help="checkpoint (default: weights/ beside this file)")
-    flag("-n", "--max-tokens", "--max-new-tokens", type=int, metavar="N",
-         help="new tokens (200; with --trace 0)")
-    flag("--temperature", "--temp", type=float, default=0.0, metavar="T",
-         help="default 0: always the likeliest token")
-    flag("--top-p", type=float, default=1.0, metavar="P",
-         help="only the likeliest tokens that together reach P")
-    flag("--top-k", type=int, default=0, metavar="K",
-         help="only the K likeliest tokens; default 0: all")
+    many = {"action": "append", "default": []}
+    flag("-p", "--prompt", **many, metavar="TEXT", help="text to continue; - is stdin; repeatable")
+    flag("--tokens", **many, type=token_ids, metavar="IDS", help='ids instead: "3 14 15"')
+    flag("--weights", type=Path, default=weights, metavar="DIR", help="default: weights/ here")
+    flag("-n", "--max-tokens", "--max-new-tokens", type=int, metavar="N", help="200; in a trace 0")
+    flag("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0: the likeliest")
+    flag("--top-p", type=float, default=1.0, metavar="P", help="the likeliest that reach P")
+    flag("--top-k", type=int, default=0, metavar="K", help="the K likeliest tokens; 0: all")
     flag("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text")
-    flag("--device", choices=["auto", "cpu", "gpu"], default="auto",
-         help="auto (default): the GPU if there is one")
-    flag("--dtype", choices=["float32", "float64", "float16"], default="float32",
-         help="of the computation (float32)")
-    flag("--memory", type=float, metavar="GB",
-         help="for decoded weights; default: 70%% of what is free")
-    flag("--mtp", action=argparse.BooleanOptionalAction,
-         help="speculate (default: on a GPU, and in a small model)")
-    flag("--chunk", type=int, default=CHUNK, metavar="N",
-         help=f"tokens that go through at a time (default {CHUNK})")
-    flag("--trace", metavar="FILE", help="write one prompt's named activations, as .safetensors")
-    flag("--inspect", action="store_true",
-         help="count parameters and cache, of a checkpoint or a bare config.json")  # fmt: skip
+    flag("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto: a GPU if any")
+    flag("--dtype", choices=["float32", "float64", "float16"], default="float32")
+    flag("--memory", type=float, metavar="GB", help="for decoded weights; 70%% of what is free")
+    flag("--mtp", action=argparse.BooleanOptionalAction, help="speculate: default on a GPU")
+    flag("--chunk", type=int, default=CHUNK, metavar="N", help="tokens at a time (%(default)s)")
+    flag("--trace", metavar="FILE", help="write one prompt's named activations, .safetensors")
+    flag("--inspect", action="store_true", help="count, of a checkpoint or a bare config.json")
     args = parser.parse_args(argv)
     if args.max_tokens is None:
         args.max_tokens = 0 if args.trace else 200
-    positive = (args.memory or 0) >= 0 and args.max_tokens >= 0
-    require(positive, "--memory and --max-tokens must be 0 or more")
-    require(args.chunk >= 1, f"--chunk must be 1 or more, not {args.chunk}")
+    positive = (args.memory or 0) >= 0 and args.max_tokens >= 0 and args.chunk >= 1
+    require(positive, "--memory and --max-tokens must be 0 or more, --chunk 1 or more")
     require(not (args.prompt and args.tokens), "--prompt and --tokens exclude each other")
-    if args.trace:
-        require(len(args.prompt + args.tokens) <= 1, "--trace takes one prompt")
-        require(args.trace.endswith(".safetensors"), "--trace writes FILE.safetensors")
+    one = len(args.prompt + args.tokens) <= 1 and (args.trace or "").endswith(".safetensors")
+    require(one or not args.trace, "--trace takes one prompt, and a FILE.safetensors")
     stdin = sys.stdin.read().removesuffix("\n") if "-" in args.prompt else ""
     args.prompt = [stdin if text == "-" else text for text in args.prompt]
     "".join(args.prompt).encode()  # UnicodeError for an argument that was not UTF-8
     return args
 
 
-def respond(text, prompt, options):
-    """Generate and print, text as it grows; last, even if interrupted, the line of statistics.
-    options: what `generate` takes besides the prompt."""
+def respond(tokenizer, prompt, options):
+    """Generate and print, text as it grows; last, even if interrupted, the line of statistics, in
+    which the first token belongs to the prompt's time. options: what `generate` takes besides."""
     stats, made, shown, begin, first = Counter(), [], "", time.perf_counter(), None
     stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
     try:
         for token in generate(prompt, stats=stats, **options):
             first = first or time.perf_counter()
             stats["new"] += 1
-            if text and token not in options["stop"]:
+            if not (tokenizer and token in options["stop"]):
                 made.append(token)
-                part = stream.step(text.tokenizer, token) or ""  # never half a character
-                shown += part
-                print(part, end="", flush=True)
-            elif not text:
-                print(*[" "][: stats["new"] - 1], token, sep="", end="", flush=True)
+                part = stream.step(tokenizer, token) if tokenizer else None  # no half characters
+                shown += part or ""
+                print(part or "", end="", flush=True)
     finally:
-        print(text.tokenizer.decode(made)[len(shown) :] if text else "", flush=True)
-        say(statistics(prompt, stats, begin, first))
-
-
-def statistics(prompt, stats, begin, first):
-    """The line of statistics; the first token belongs to the prompt's time."""
-    end, later = time.perf_counter(), max(0, stats["new"] - 1)
-    first = first or end
-    peak = system_bytes("/proc/self/status", "VmHWM")
-    if xp is not np:
-        peak = xp.get_default_memory_pool().total_bytes()
-    return (f"prompt: {len(prompt)} tokens, {len(prompt) / (first - begin):.1f} tok/s"
+        rest = tokenizer.decode(made)[len(shown) :] if tokenizer else " ".join(map(str, made))
+        print(rest, flush=True)
+        end, later = time.perf_counter(), max(0, stats["new"] - 1)
+        first, peak = first or end, system_bytes("/proc/self/status", "VmHWM")
+        if xp is not np:
+            peak = xp.get_default_memory_pool().total_bytes()
+        say(f"prompt: {len(prompt)} tokens, {len(prompt) / (first - begin):.1f} tok/s"
             f" · new: {stats['new']} tokens, {later / (end - first) if later else 0:.1f} tok/s"
             f" · drafted {stats['drafted']}, accepted {stats['accepted']}"
             f" · cache {stats['cache_bytes'] / 1000:.0f} KB"
@@ -1320,39 +1155,32 @@ def statistics(prompt, stats, begin, first):
 def run(args):
     """Do what the arguments ask for."""
     global xp
-    cfg = read_config(args.weights)
+    directory, cfg = args.weights, read_config(args.weights)
     if args.inspect:
-        if args.weights.is_dir() and (args.weights / "model.safetensors").exists():
-            cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(read_shards(args.weights), cfg))
+        if directory.is_dir() and list(directory.glob("*.safetensors")):
+            cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(read_shards(directory), cfg))
         inspect(cfg)
         return
-    directory = f"{args.weights} is not a directory, with config.json and model.safetensors"
-    require(args.weights.is_dir(), directory)
+    require(directory.is_dir(), f"{directory} is a file; the directory that holds it is wanted")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    xp = choose_device(args.device)
-    text = None if args.tokens else Text(args.weights)
-    prompts = args.tokens or [text.encode(prompt) for prompt in args.prompt or [OPENING]]
+    xp, path = choose_device(args.device), directory / "generation_config.json"
+    settings = read_json(directory / "config.json") | (read_json(path) if path.exists() else {})
+    end = settings.get("eos_token_id")  # one, a list, or null
+    tokenizer, bos = (None, []) if args.tokens else read_tokenizer(directory)
+    prompts = args.tokens or [encode(text, tokenizer, bos) for text in args.prompt or [OPENING]]
     for prompt in prompts:  # before any work
         check_prompt(prompt, cfg, args.max_tokens)
-    w = Checkpoint(args.weights, cfg, args.dtype, args.memory and args.memory * 1e9)
+    w = Checkpoint(directory, cfg, args.dtype, None if args.memory is None else args.memory * 1e9)
     if args.trace:
         write_trace(args.trace, trace(prompts[0], w, cfg, args.chunk))
     pays = xp is not np or cfg.hidden_size <= 512  # else a second row costs as much as the first
     options = {"w": w, "cfg": cfg, "max_tokens": args.max_tokens, "sampling": sampling}
-    options |= {"stop": end_tokens(args.weights), "chunk": args.chunk}
-    options |= {"speculate": pays if args.mtp is None else args.mtp}
+    options |= {"stop": end if isinstance(end, list) else [end], "chunk": args.chunk}
+    options["speculate"] = pays if args.mtp is None else args.mtp
     if not (args.prompt or args.tokens):
         print(OPENING, end="", flush=True)
     for prompt in prompts:
-        respond(text, prompt, options)
-
-
-def end_tokens(directory):
-    """The ids that end a text, of generation_config.json or else config.json."""
-    path = directory / "generation_config.json"
-    settings = read_json(directory / "config.json") | (read_json(path) if path.exists() else {})
-    end = settings.get("eos_token_id")  # one, a list, or null
-    return end if isinstance(end, list) else [end]
+        respond(tokenizer, prompt, options)
 
 
 def main(argv=None):

@@ -43,7 +43,7 @@ MODEL = dsv3.Config(
     q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=48,
     intermediate_size=512, first_k_dense_replace=1, moe_intermediate_size=64, n_shared_experts=1,
     n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5,
-    rope_scaling=dsv3.Yarn(factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0),
+    rope_scaling=dsv3.Yarn(factor=4.0, original_max_position_embeddings=256, mscale=1.0),
     max_position_embeddings=1024, num_nextn_predict_layers=1,
 )  # fmt: skip
 INIT_STD = 0.03
@@ -61,39 +61,50 @@ VALIDATE_EVERY, SAVE_EVERY = 500, 120  # steps; seconds
 CAPACITY = 1.5  # how many times its fair share of tokens an expert may get before the slower form is taken
 
 
-# ---- 1. Equal forms that are fast under JAX ------------------------------------------------------------------------
+# ---- 1. Equal forms that are fast under JAX ------------------------------------------------------
 
 
-def grouped_experts(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    """= dsv3.moe_all, where each layer's experts lie in one array: each expert sees only its own tokens, in three
-    batched products over experts and capacity. If one has more tokens than that, the capacity is all of them."""
-    x_MD, index_X = x_BTD.reshape(-1, x_BTD.shape[-1]), index_BTK.ravel()  # X = M K choices
-    parts = [w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down")]
-    order_X = jnp.argsort(index_X, stable=True)  # the choices by expert
-    load_E = jnp.sum(dsv3.one_hot(index_X, cfg.n_routed_experts), axis=0)
-    first_E = jnp.cumsum(load_E) - load_E
+def grouped_experts(x_TD, w, name, index_TK, gate_TK, cfg):
+    """= dsv3.moe_all, where each layer's experts lie in one array: each expert sees only its own
+    tokens, in three batched products over experts and capacity. If one has more tokens than that,
+    the capacity is all of them. Under vmap the tokens of all sequences are grouped at once: a
+    choice for each of them would compute both capacities."""
+    K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
 
-    def experts(capacity, x_MD, gate_X, gate_EID, up_EID, down_EDI):
+    def experts(capacity, first_E, load_E, order_X, x_MD, gate_X, gate_EID, up_EID, down_EDI):
         slot_C = jnp.arange(capacity)
-        choice_EC = order_X[jnp.minimum(first_E[:, None] + slot_C, index_X.size - 1)]
+        choice_EC = order_X[jnp.minimum(first_E[:, None] + slot_C, order_X.size - 1)]
         gate_EC = jnp.where(slot_C < load_E[:, None], gate_X[choice_EC], 0)  # 0: the slot is empty
-        token_EC = choice_EC // cfg.num_experts_per_tok
+        token_EC = choice_EC // K
         x_ECD = x_MD[token_EC]
         hidden_ECI = jax.nn.silu(x_ECD @ gate_EID.mT) * (x_ECD @ up_EID.mT) * gate_EC[..., None]
         return jnp.zeros_like(x_MD).at[token_EC].add(hidden_ECI @ down_EDI.mT)
 
-    capacity = min(len(x_MD), math.ceil(CAPACITY * index_X.size / cfg.n_routed_experts))
-    few, all_ = partial(experts, capacity), jax.checkpoint(partial(experts, len(x_MD)))
-    y_MD = jax.lax.cond(jnp.max(load_E) <= capacity, few, all_, x_MD, gate_BTK.ravel(), *parts)
-    return y_MD.reshape(x_BTD.shape)
+    @jax.custom_batching.custom_vmap
+    def grouped(x_MD, index_MK, gate_MK, *parts):
+        index_X = index_MK.ravel()  # X = M K choices
+        order_X = jnp.argsort(index_X, stable=True)  # the choices by expert
+        load_E = jnp.sum(dsv3.one_hot(index_X, E), axis=0)
+        first_E = jnp.cumsum(load_E) - load_E
+        capacity = min(len(x_MD), math.ceil(CAPACITY * index_X.size / E))
+        few, all_ = partial(experts, capacity), jax.checkpoint(partial(experts, len(x_MD)))
+        given = first_E, load_E, order_X, x_MD, gate_MK.ravel(), *parts
+        return jax.lax.cond(jnp.max(load_E) <= capacity, few, all_, *given)
+
+    @grouped.def_vmap
+    def _(size, batched, *given):
+        assert batched == [True] * 3 + [False] * 3  # the weights are shared
+        merged = [x.reshape(-1, x.shape[-1]) for x in given[:3]]
+        return grouped(*merged, *given[3:]).reshape(given[0].shape), True
+
+    parts = [w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down")]
+    return grouped(x_TD, index_TK, gate_TK, *parts)
 
 
 def use_jax():
     """Put jax.numpy and the equal forms into the page."""
-    dsv3.xp, dsv3.moe_all = jnp, grouped_experts
-    dsv3.softmax, dsv3.sigmoid, dsv3.silu = jax.nn.softmax, jax.nn.sigmoid, jax.nn.silu  # gradients without inf / inf
+    dsv3.xp = jnp
     dsv3.top_k = lambda score, k: jax.lax.top_k(score, k)[1]
-    dsv3.cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 # ---- 2. Text -------------------------------------------------------------------------------------------------------
@@ -140,7 +151,18 @@ class Batches:
         return self.stream[start_B[:, None] + np.arange(LENGTH + 1)]
 
 
-# ---- 3. One step ---------------------------------------------------------------------------------------------------
+# ---- 3. One step ---------------------------------------------------------------------------------
+
+
+def objective(params, biases, token_BX, mtp_weight):
+    """Loss and parts of a batch: the means over its sequences, and the sums of their loads."""
+
+    def objective_of(token_X):
+        return dsv3.training_objective(params | biases, token_X, MODEL, mtp_weight, ALPHA, grouped_experts)
+
+    loss_B, parts = jax.vmap(objective_of)(token_BX)
+    load = {name: jnp.sum(load_BE, axis=0) for name, load_BE in parts.pop("load").items()}
+    return jnp.mean(loss_B), jax.tree.map(jnp.mean, parts) | {"load": load}
 
 
 def joined(name):
@@ -192,13 +214,10 @@ def make_optimiser(steps):
 def make_step(optimiser):
     """One jitted step of training: (state, tokens, lambda, gamma) -> (state, figures)."""
 
-    def loss_of(params, biases, token_BX, mtp_weight):
-        return dsv3.training_objective(params | biases, token_BX, MODEL, mtp_weight, ALPHA)
-
     @partial(jax.jit, donate_argnums=0)
     def step(state, token_BX, mtp_weight, gamma):
         params = state["params"]
-        grad, parts = jax.grad(loss_of, has_aux=True)(params, state["biases"], token_BX, mtp_weight)
+        grad, parts = jax.grad(objective, has_aux=True)(params, state["biases"], token_BX, mtp_weight)
         update, moments = optimiser.update(grad, state["moments"], params)
         load = {f"{name}.e_score_correction_bias": load_E for name, load_E in parts["load"].items()}
         biases = {k: dsv3.update_bias(b, load[k], gamma) for k, b in state["biases"].items()}
@@ -215,7 +234,11 @@ def make_step(optimiser):
 
 @jax.jit
 def story_loss(w, token_BX):
-    return dsv3.cross_entropy(dsv3.head(dsv3.forward(token_BX[:, :-1], w, MODEL), w, MODEL), token_BX[:, 1:])
+    def loss_of(token_X):
+        h_TD = dsv3.forward(token_X[:-1], w, MODEL, experts=grouped_experts)
+        return dsv3.cross_entropy(dsv3.head(h_TD, w), token_X[1:])
+
+    return jax.vmap(loss_of)(token_BX)
 
 
 def validation_bits(w, tokenizer, stories, length=512):
@@ -243,13 +266,10 @@ def write_checkpoint(out, params, biases):
     order = {name: tensors[name] for name in dsv3.tensor_shapes(MODEL)}
     save_file(order, out / "model.safetensors.part", metadata={"format": "pt"})
     os.replace(out / "model.safetensors.part", out / "model.safetensors")
-    config = asdict(MODEL)
-    rope = {k: v for k, v in config.pop("rope_scaling").items() if v is not None and k != "truncate"} | {"type": "yarn"}
-    config |= {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu",
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "rope_scaling": rope,
-        "num_key_value_heads": MODEL.num_attention_heads, "initializer_range": INIT_STD, "torch_dtype": "bfloat16",
-        "bos_token_id": 0, "eos_token_id": 1,
+    yarn = asdict(MODEL.rope_scaling)
+    config = json.loads(Path(__file__).with_name("config.json").read_text()) | asdict(MODEL) | {
+        "rope_scaling": yarn | {"mscale_all_dim": yarn["mscale"], "type": "yarn"},
+        "num_key_value_heads": MODEL.num_attention_heads, "initializer_range": INIT_STD,
     }  # fmt: skip
     tokens = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": True, "add_eos_token": False,
               "model_max_length": MODEL.max_position_embeddings, "tokenizer_class": "PreTrainedTokenizerFast",
