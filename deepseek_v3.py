@@ -23,11 +23,11 @@ of it (the paper's h_t, u_t); h is a state after all layers (h^0, h^k). Capital 
 of a name are the axes of an array: q_THX has the shape (T, H, X). A test checks them.
 
     T  tokens of this call             H  num_attention_heads     E  n_routed_experts
-    S  positions seen, the last T      N  qk_nope_head_dim        K  num_experts_per_tok
-       of them the tokens' own         R  qk_rope_head_dim        G  n_group
-    D  hidden_size                     P  R / 2, pairs            W  vocab_size
-    Q  q_lora_rank (the paper's d_c')  V  v_head_dim              J  key heads
-    C  kv_lora_rank (d_c)              L  C + R, a cache entry    X, Y  any other size
+    S  positions seen, T of them last  N  qk_nope_head_dim        K  num_experts_per_tok
+    D  hidden_size                     R  qk_rope_head_dim        G  n_group
+    Q  q_lora_rank (the paper's d_c')  P  R / 2, pairs            W  vocab_size
+    C  kv_lora_rank (d_c)              V  v_head_dim              J  key heads
+    L  C + R, a cache entry            X, Y  any other size
 """
 
 import argparse
@@ -1026,7 +1026,6 @@ OPENING = "Once upon a time, there was a little dog"  # the prompt where none is
 
 
 def say(message):
-    """One line on stderr."""
     print(message.splitlines()[0], file=sys.stderr, flush=True)
 
 
