@@ -147,7 +147,6 @@ class Config:
 
 
 # ---- 3. Primitives -------------------------------------------------------------------------------
-# Linear maps, the norm, the MLP, softmax and the rotation by position: all else is made of these.
 
 
 def linear(x, w, name):
@@ -255,12 +254,12 @@ def attention(q_THX, k_SJX, v_SJY, scale):
 def mla_query(x_TD, w, name, cfg, rotation_TP):
     """The queries of all heads -> q_nope_THN and, rotated, q_rope_THR."""
     if cfg.q_lora_rank is None:
-        q_TX = linear(x_TD, w, f"{name}.q_proj")
+        q_TY = linear(x_TD, w, f"{name}.q_proj")
     else:
         c_TQ = linear(x_TD, w, f"{name}.q_a_proj")  # eq. (6)
         c_TQ = rms_norm(c_TQ, w, f"{name}.q_a_layernorm", LATENT_EPS)  # section 4.2
-        q_TX = linear(c_TQ, w, f"{name}.q_b_proj")
-    q_THX = q_TX.reshape(len(x_TD), cfg.num_attention_heads, -1)  # each head [nope ; rope]
+        q_TY = linear(c_TQ, w, f"{name}.q_b_proj")
+    q_THX = q_TY.reshape(len(x_TD), cfg.num_attention_heads, -1)  # each head [nope ; rope]
     q_nope_THN = q_THX[..., : cfg.qk_nope_head_dim]  # eq. (7)
     q_rope_THR = rope(q_THX[..., cfg.qk_nope_head_dim :], rotation_TP[:, None])  # eq. (8)
     record(f"{name}.q_rope", q_rope_THR)
@@ -282,8 +281,8 @@ def mla_naive(q_nope_THN, q_rope_THR, kv_SL, w, name, cfg, attention=attention):
     """Definition: latents to keys and values of every head, then multi-head attention -> o_THV."""
     S, H, N = len(kv_SL), cfg.num_attention_heads, cfg.qk_nope_head_dim
     c_SC, k_rope_SR = kv_SL[:, : cfg.kv_lora_rank], kv_SL[:, cfg.kv_lora_rank :]
-    up_SHX = linear(c_SC, w, f"{name}.kv_b_proj").reshape(S, H, -1)  # each head [key ; value]
-    k_nope_SHN, v_SHV = up_SHX[..., :N], up_SHX[..., N:]  # eqs. (2), (5)
+    up_SHY = linear(c_SC, w, f"{name}.kv_b_proj").reshape(S, H, -1)  # each head [key ; value]
+    k_nope_SHN, v_SHV = up_SHY[..., :N], up_SHY[..., N:]  # eqs. (2), (5)
     k_rope_SHR = xp.broadcast_to(k_rope_SR[:, None], (S, H, cfg.qk_rope_head_dim))
     k_SHX = xp.concatenate([k_nope_SHN, k_rope_SHR], axis=-1)  # eq. (4)
     q_THX = xp.concatenate([q_nope_THN, q_rope_THR], axis=-1)  # eq. (9)
@@ -488,7 +487,7 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
 # ==== Part II. The model, as computed =============================================================
 
 # ---- 8. Latent cache, absorption, attention in pieces, chosen experts, the cached pass -----------
-# What generation runs. A port needs `Cache`, `mla_absorbed` (with `attention`) and `moe_chosen`.
+# A port needs `Cache`, `mla_absorbed` (with `attention`) and `moe_chosen`.
 
 MAX_EXPANDED = 2**29  # elements of expanded keys and values
 MAX_SCORES = 2**18  # scores held at a time, as many as fit a core's cache; on a GPU 256 times more
@@ -581,12 +580,12 @@ def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
     """= moe_all, which adds 0 for the others: each chosen expert sees the tokens that chose it."""
     K, index_X = cfg.num_experts_per_tok, to_host(index_TK).ravel()  # X = T K choices
     order_X = np.argsort(index_X, kind="stable")  # the choices by expert
-    expert_X, count_X = np.unique(index_X, return_counts=True)
-    rows = [slice(end - n, end) for end, n in zip(np.cumsum(count_X), count_X, strict=True)]
+    chosen, counts = np.unique(index_X, return_counts=True)
+    rows = [slice(end - n, end) for end, n in zip(np.cumsum(counts), counts, strict=True)]
 
     def linear_chosen(x_XY, w, name):
         """`linear` of each choice by the matrix of its expert."""
-        names = [name.replace("experts", f"experts.{e}") for e in expert_X]
+        names = [name.replace("experts", f"experts.{e}") for e in chosen]
         return xp.concatenate([linear(x_XY[r], w, n) for r, n in zip(rows, names, strict=True)])
 
     y_XD = swiglu(x_TD[xp.asarray(order_X // K)], w, f"{name}.experts", linear_chosen)
@@ -653,12 +652,12 @@ def parse_config(keys):
     rope = given.pop("rope_parameters", given.get("rope_scaling", {}))
     same = isinstance(rope, dict) and given.pop("rope_scaling", rope) == rope
     require(same, "rope_scaling must be an object or null, and equal to rope_parameters")
-    given |= {key: value for key, value in rope.items() if value is not None}
+    given = {key: value for key, value in rope.items() if value is not None} | given
     given.setdefault("rope_type", given.get("type", None if "factor" in rope else "default"))
     for key, values in SUPPORTED.items():
         value, supported = given.get(key, values[0]), " or ".join(map(repr, values))
         require(value in values, f"{key} {value!r:.99} is not implemented, only {supported}")
-    given = {"q_lora_rank": None, "rope_scaling": None} | given
+    given = {"q_lora_rank": None} | given | {"rope_scaling": None}
     if given["rope_type"] == "yarn":
         for key in ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim"):
             require(key in given, f"rope_scaling of type yarn lacks {key}")
@@ -832,8 +831,8 @@ class Checkpoint:
 
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
         quantised = read_json(Path(directory, "config.json")).get("quantization_config")
-        method = (quantised or {"quant_method": "fp8"}).get("quant_method")
-        require(method == "fp8", f"quant_method {method!r:.99} is not implemented, only 'fp8'")
+        fp8 = isinstance(quantised, dict) and quantised.get("quant_method") == "fp8"
+        require(fp8 or quantised is None, f"quantization_config {quantised!r:.99}: only fp8 is known")
         self.loaded, self.stored = {}, read_shards(Path(directory))
         self.cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(self.stored, cfg))
         self.shapes = tensor_shapes(self.cfg)
@@ -982,10 +981,10 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
             return
         cache.length = len(tokens) - 1  # forgets a rejected draft
         if speculate and mtp_depth(w, cfg):
-            pair_T = np.array(tokens[start + 1 :])  # the tokens t_{i+1} of the states h_i
-            step, inputs = functools.partial(mtp, 1), [h_TD[: len(pair_T)], pair_T]
-            g_TD = cached_pass(step, inputs, w, cfg, mtp_cache, chunk)
-            q_W = distribution(to_host(head(g_TD[-1:], w))[0], sampling)
+            pair_Y = np.array(tokens[start + 1 :])  # the tokens t_{i+1} of the states h_i
+            step, inputs = functools.partial(mtp, 1), [h_TD[: len(pair_Y)], pair_Y]
+            g_YD = cached_pass(step, inputs, w, cfg, mtp_cache, chunk)
+            q_W = distribution(to_host(head(g_YD[-1:], w))[0], sampling)
             draft = [draw(q_W, rng)]
 
 
@@ -1057,7 +1056,8 @@ def inspect(cfg):
     print(f"parameters of the main model  {total:>19,}")
     print(f"  activated per token         {active:>19,}  embedding and head included")
     print(f"parameters of MTP modules     {modules:>19,}  beside the shared embedding and head")
-    print(f"cache elements per token      {latent * layers:>19,}  twice as many bytes in BF16")
+    held = f"{latent * layers:>19,}  {2 * latent * layers:,} bytes in BF16"
+    print(f"cache elements per token      {held}")
     for label, heads in (("MHA", H), ("GQA, 8 key heads", min(8, H)), ("MQA", 1)):
         times = f"{heads * pair / latent:.1f} times as many"
         print(f"  with {label:<22} {heads * pair * layers:>19,}  {times}")
@@ -1093,9 +1093,8 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="DeepSeek-V3 on NumPy and CuPy.")
     parser.error = lambda message: require(False, f"{message}; --help lists the flags")
     flag, weights = parser.add_argument, Path(__file__).resolve().parent / "weights"
-    many = {"action": "append", "default": []}
-    flag("-p", "--prompt", **many, metavar="TEXT", help="text to continue; - is stdin; repeatable")
-    flag("--tokens", **many, type=token_ids, metavar="IDS", help='ids instead: "3 14 15"')
+    flag("-p", "--prompt", action="append", default=[], metavar="TEXT", help="- is stdin; repeatable")
+    flag("--tokens", action="append", default=[], type=token_ids, metavar="IDS", help='"3 14 15"')
     flag("--weights", type=Path, default=weights, metavar="DIR", help="default: weights/ here")
     flag("-n", "--max-tokens", "--max-new-tokens", type=int, metavar="N", help="200; in a trace 0")
     flag("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0: the likeliest")
@@ -1154,13 +1153,14 @@ def respond(tokenizer, prompt, options):
 def run(args):
     """Do what the arguments ask for."""
     global xp
-    directory, cfg = args.weights, read_config(args.weights)
+    directory = args.weights
+    require(args.inspect or directory.is_dir(), f"{directory} is no directory; one is wanted")
+    cfg = read_config(directory)
     if args.inspect:
         if directory.is_dir() and list(directory.glob("*.safetensors")):
             cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(read_shards(directory), cfg))
         inspect(cfg)
         return
-    require(directory.is_dir(), f"{directory} is a file; the directory that holds it is wanted")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     xp, path = choose_device(args.device), directory / "generation_config.json"
     settings = read_json(directory / "config.json") | (read_json(path) if path.exists() else {})

@@ -80,7 +80,6 @@ def grouped_experts(x_TD, w, name, index_TK, gate_TK, cfg):
         hidden_ECI = jax.nn.silu(x_ECD @ gate_EID.mT) * (x_ECD @ up_EID.mT) * gate_EC[..., None]
         return jnp.zeros_like(x_MD).at[token_EC].add(hidden_ECI @ down_EDI.mT)
 
-    @jax.custom_batching.custom_vmap
     def grouped(x_MD, index_MK, gate_MK, *parts):
         index_X = index_MK.ravel()  # X = M K choices
         order_X = jnp.argsort(index_X, stable=True)  # the choices by expert
@@ -91,14 +90,15 @@ def grouped_experts(x_TD, w, name, index_TK, gate_TK, cfg):
         given = first_E, load_E, order_X, x_MD, gate_MK.ravel(), *parts
         return jax.lax.cond(jnp.max(load_E) <= capacity, few, all_, *given)
 
-    @grouped.def_vmap
-    def _(size, batched, *given):
+    def of_all_sequences(size, batched, *given):
         assert batched == [True] * 3 + [False] * 3  # the weights are shared
         merged = [x.reshape(-1, x.shape[-1]) for x in given[:3]]
         return grouped(*merged, *given[3:]).reshape(given[0].shape), True
 
     parts = [w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down")]
-    return grouped(x_TD, index_TK, gate_TK, *parts)
+    by_sequence = jax.custom_batching.custom_vmap(grouped)
+    by_sequence.def_vmap(of_all_sequences)
+    return by_sequence(x_TD, index_TK, gate_TK, *parts)
 
 
 def use_jax():

@@ -55,8 +55,8 @@ def formula(name, shape):
     u = ((h ^ h >> 16) / 2**31 - 1).reshape(shape)
     if name.endswith("norm.weight"):
         return 1 + 0.3 * u
-    if name.endswith("bias"):
-        return u * (0.1 if name.endswith("e_score_correction_bias") else 0.3)
+    if name.endswith("e_score_correction_bias"):
+        return u * 0.1
     return u * 1.7 if name.endswith("embed_tokens.weight") else u * math.sqrt(3 / shape[-1]) * 1.5
 
 
@@ -75,9 +75,7 @@ def tensor_shapes(config):
     D, H, C = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     N, R, V = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     Q, W, layers = config["q_lora_rank"], config["vocab_size"], config["num_hidden_layers"]
-    shapes = {"model.embed_tokens.weight": (W, D), "model.norm.weight": (D,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (W, D)
+    shapes = {"model.embed_tokens.weight": (W, D), "model.norm.weight": (D,), "lm_head.weight": (W, D)}
     for layer in range(layers + config["num_nextn_predict_layers"]):
         of_layer = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
         if Q is None:
@@ -87,14 +85,10 @@ def tensor_shapes(config):
             of_layer |= {"self_attn.q_b_proj.weight": (H * (N + R), Q)}
         of_layer |= {"self_attn.kv_a_proj_with_mqa.weight": (C + R, D), "self_attn.kv_a_layernorm.weight": (C,)}
         of_layer |= {"self_attn.kv_b_proj.weight": (H * (N + V), C), "self_attn.o_proj.weight": (D, H * V)}
-        if config["attention_bias"]:
-            for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
-                if Q is not None or part != "q_a_proj":
-                    of_layer[f"self_attn.{part}.bias"] = of_layer[f"self_attn.{part}.weight"][:1]
         if layer >= layers:
             of_layer |= {"enorm.weight": (D,), "hnorm.weight": (D,), "shared_head.norm.weight": (D,)}
             of_layer["eh_proj.weight"] = (D, 2 * D)
-        dense = layer < min(config["first_k_dense_replace"], layers)
+        dense = layer < config["first_k_dense_replace"]
         of_layer |= mlp_shapes("mlp", D, config["intermediate_size"]) if dense else expert_shapes(config)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     return shapes
@@ -107,11 +101,8 @@ def mlp_shapes(name, size, width):
 
 def expert_shapes(config):
     D, E, width = config["hidden_size"], config["n_routed_experts"], config["moe_intermediate_size"]
-    shapes = {"mlp.gate.weight": (E, D)}
-    if config["model_type"] != "deepseek_v2":
-        shapes["mlp.gate.e_score_correction_bias"] = (E,)
-    if config["n_shared_experts"]:
-        shapes |= mlp_shapes("mlp.shared_experts", D, config["n_shared_experts"] * width)
+    shapes = {"mlp.gate.weight": (E, D), "mlp.gate.e_score_correction_bias": (E,)}
+    shapes |= mlp_shapes("mlp.shared_experts", D, config["n_shared_experts"] * width)
     for e in range(E):
         shapes |= mlp_shapes(f"mlp.experts.{e}", D, width)
     return shapes

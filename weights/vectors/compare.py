@@ -1,4 +1,4 @@
-"""Compare two traces, .safetensors or .npz: the first array that departs, by how much, in which rows.
+"""Compare two traces, .safetensors: the first array that departs, by how much, in which rows.
 
     python weights/vectors/compare.py MINE REFERENCE
     python weights/vectors/compare.py MINE REFERENCE --weights DIRECTORY --tokens "3 14 15"
@@ -13,8 +13,6 @@ import json
 import math
 import re
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ import safetensors
 
 # How far an array may be from the reference, by its rms, for the coarsest floating-point numbers in either trace.
 TOLERANCE = {"8": 1e-9, "4": 2e-4, "2": 0.05}
-BF16 = np.dtype("V2")  # NumPy has no bfloat16; so it also reads one that another library stored in an .npz
+BF16 = np.dtype("V2")  # NumPy has no bfloat16
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BF16, "F8_E4M3": "|u1", "I64": "<i8", "I32": "<i4",
          "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1"}  # fmt: skip
 PARTS = ["eh_proj", "input_layernorm", "self_attn.q_rope", "self_attn.kv_latent", "self_attn.k_rope", "self_attn",
@@ -40,19 +38,11 @@ class Unreadable(ValueError):
 
 
 def read_trace(path):
-    """A file's arrays, {name: array}; those of a .safetensors file stay on disk until they are used."""
+    """A file's arrays, {name: array}, which stay on disk until they are used."""
     try:
-        return read_npz(path) if str(path).endswith(".npz") else read_safetensors(path)
+        return read_safetensors(path)
     except OSError as e:
         raise Unreadable(f"{path}: {e.strerror or e}") from None
-
-
-def read_npz(path):
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, OverflowError, MemoryError):
-        raise Unreadable(f"{path} is not an .npz file of plain arrays") from None
 
 
 def read_safetensors(path):
@@ -344,9 +334,8 @@ class Comparison:
         if not all(0 <= e < E for e in mine) or len(mine) < len(want):
             return math.inf
         gained, lost = [int(e) for e in mine - want], [int(e) for e in want - mine]
-        if G > 1 and self.config.get("topk_method") != "greedy":
-            best = 1 if self.config["model_type"] == "deepseek_v2" else 2
-            group = np.sort(choice.reshape(G, -1))[:, -best:].sum(-1)
+        if G > 1:
+            group = np.sort(choice.reshape(G, -1))[:, -2:].sum(-1)
             kept = np.argsort(-group, kind="stable")[: self.config["topk_group"]]
             other = [group[kept[-1]] - group[e * G // E] for e in gained if e * G // E not in kept]
             if other:
@@ -373,7 +362,7 @@ def compare(mine, reference, tolerance=TOLERANCE, directory=None, needed=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Compare two traces, .safetensors or .npz.")
+    parser = argparse.ArgumentParser(description="Compare two traces, .safetensors.")
     parser.add_argument("mine", metavar="MINE")
     parser.add_argument("reference", metavar="REFERENCE")
     parser.add_argument("--weights", metavar="DIRECTORY", help="the checkpoint")

@@ -1,6 +1,6 @@
 """Make index.json and expected.safetensors: the cases of the conformance kit, and what they must give.
 
-    pip install numpy safetensors torch==2.13.0 transformers==5.23.0
+    pip install numpy safetensors torch==2.13.0 transformers==5.23.0 mpmath
     python make_expected.py              # half a minute on one core
     python make_expected.py --shipped    # only the cases of the checkpoint in the directory above, when it changed
 
@@ -36,7 +36,6 @@ import transformers
 from cases import unrounded, write
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import MtpModel
-from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM, modeling_deepseek_v2
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, modeling_deepseek_v3
 
 HERE = Path(__file__).resolve().parent
@@ -81,10 +80,6 @@ CROSSING = dict(qk_rope_head_dim=16, rope_theta=100.0, rope_scaling=yarn("type",
 MTP = dict(num_nextn_predict_layers=1)
 SMALL_VOCAB = MTP | dict(vocab_size=6)  # some drafts are right by chance
 ONE_LAYER = dict(num_hidden_layers=1, first_k_dense_replace=0)
-V2 = BIGGER | dict(
-    model_type="deepseek_v2", scoring_func="softmax", norm_topk_prob=False, num_hidden_layers=3, n_shared_experts=2,
-    rope_scaling=yarn("type", 4.0, 8, mscale=0.707, mscale_all_dim=0.707),
-)  # fmt: skip
 SEVERAL_BLOCKS = dict(  # of 128 x 128, the last ones cropped; 138 rows of kv_a_proj_with_mqa, as the release's 576
     hidden_size=160, kv_lora_rank=130, intermediate_size=200,
     quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128]),
@@ -105,7 +100,8 @@ def add(name, equation, why, *see, config=None, lengths=(14,), seed=0, spelling=
         keys = {key: x for key, x in config.items() if key not in ours}
         config = json.loads(DeepseekV3Config(**copy.deepcopy(keys)).to_json_string())
     dtype = {"F16": "float16", "F64": "float64", "BF16": "bfloat16", "F8_E4M3": "bfloat16"}
-    config["torch_dtype"] = dtype.get(entry.get("stored", {}).get("dtype"), "float32")
+    key = "dtype" if spelling == 5 else "torch_dtype"
+    config[key] = dtype.get(entry.get("stored", {}).get("dtype"), "float32")
     do = entry.pop("do", "trace")
     given = {"config": config} if do not in ("update_bias", "dequantize") else {}
     if do in ("trace", "generate", "losses"):
@@ -140,25 +136,19 @@ add("absorbed", "(1)-(5), (10), (11)",
 add("absorbed_moonlight", "(9), (10)",
     "The absorbed form where queries are not compressed and RoPE is plain.",
     "ml-explore/mlx-lm#1509", config=MOONLIGHT, seed=3, chunks=[1] * 14, keep=LAST)  # fmt: skip
-add("ragged", "(10)", "Rows of unequal length in one batch give what each gives alone.",
+add("ragged", "(10)", "Prompts of unequal length: each gives what it gives alone.",
     config=BIGGER, lengths=[14, 5, 1])  # fmt: skip
 add("ragged_chunks", "(10)",
-    "The same in chunks of four: a row ends within a chunk, or before it, and padding enters no cache.",
+    "The same in chunks of four: a row ends within a chunk, or before it, and in a batch padding enters no cache.",
     config=BIGGER, lengths=[10, 4, 1], seed=1, chunks=[4, 4, 2], keep=LAST)  # fmt: skip
 add("hf5_spelling", "4.3",
-    "config.json as transformers 5 writes it: rope_parameters. mscale and mscale_all_dim differ: the softmax takes the "
-    "second, cos and sin their quotient.",
-    "NVIDIA/Megatron-LM#1429", spelling=5,
+    "config.json as transformers 5 writes it: rope_parameters, which hold rope_theta too, and dtype.",
+    spelling=5,
     config=dict(rope_theta=25e3, rope_scaling=yarn("rope_type", 8.0, beta_fast=128.0, beta_slow=8.0,
-                                                   mscale_all_dim=0.5)))  # fmt: skip
+                                                   mscale=0.5, mscale_all_dim=0.5)))  # fmt: skip
 add("mscale_707", "4.3", "mscale^2 in the softmax scale, V2's 0.707, beyond the original context.",
     "huggingface/transformers#47435", "onnxruntime/mobius#548",
     config=dict(rope_scaling=yarn("type", 4.0, 8, mscale=0.707, mscale_all_dim=0.707)))  # fmt: skip
-add("mscale_all_dim_0", "4.3",
-    "Without mscale_all_dim cos and sin carry m(1) and the softmax nothing; and a ramp without width.",
-    "ggml-org/llama.cpp#17945", config=dict(rope_scaling=yarn("type", 4.0, 6, mscale_all_dim=0.0)))  # fmt: skip
-add("truncate_false", "4.3", "The ramp's ends are not rounded to whole pairs, as `truncate` asks.",
-    "ggml-org/llama.cpp#7416", config=dict(rope_scaling=yarn(truncate=False)))  # fmt: skip
 add("yarn_range", "4.3", "The ramp's upper end is held at R - 1, not at the last pair.",
     "ggml-org/llama.cpp#7416", config=dict(rope_theta=100.0))  # fmt: skip
 add("yarn_crossing", "4.3",
@@ -170,13 +160,6 @@ add("phases", "4.3",
     "cos and sin of the release at far positions: an angle in float32 is off by 5e-3 rad at 163,839.",
     "sgl-project/sglang-jax#1473", "Modalities/modalities#462",
     config=RELEASED, positions=[0, 1, 4095, 163839], **PHASES)  # fmt: skip
-add("phases_magnitude", "4.3",
-    "The same where cos and sin carry m(mscale) / m(mscale_all_dim), 1.15, and theta is 50,000.",
-    "NVIDIA/Megatron-LM#1429",
-    config=RELEASED | dict(rope_theta=5e4, rope_scaling=yarn("type", 32.0, mscale_all_dim=0.5)),
-    positions=[0, 1, 4095, 131071], **PHASES)  # fmt: skip
-add("attention_bias", "(1), (6), (11)", "Biases on the down and output projections; RoPE on halves.",
-    "huggingface/transformers#39687", config=dict(attention_bias=True, rope_interleave=False))  # fmt: skip
 add("moonlight", "(9)", "Queries without compression, no groups, plain RoPE, eps 1e-5, two shared experts.",
     "huggingface/transformers#44346", config=MOONLIGHT, spelling=5,
     weights={"scale": {"kv_a_proj_with_mqa.weight": 0.01}})  # fmt: skip
@@ -225,19 +208,9 @@ add("ties_groups", "2.1.2", "Among equal groups the lowest index wins.", "vllm-p
 add("many_groups", "2.1.2", "8 groups of which 3, plain RoPE.", "vllm-project/vllm#13474",
     config=BIGGER | dict(n_group=8, topk_group=3, num_hidden_layers=3, first_k_dense_replace=2, rope_scaling=None),
 )  # fmt: skip
-add("unnormalised", "(13)",
-    "norm_topk_prob false: gates are not normalised, and still scaled. The official code normalises always.",
-    config=dict(norm_topk_prob=False))  # fmt: skip
 add("k2_like", "(13)-(16)", "Kimi-K2: one group, scaling 2.827, YaRN of 32.", "NVIDIA/TensorRT-Model-Connect#669",
     config=BIGGER | ONE_GROUP | dict(model_type="kimi_k2", routed_scaling_factor=2.827, rope_scaling=yarn(factor=32.0)),
 )  # fmt: skip
-add("all_dense", "(12)", "No layer has experts.", config=dict(first_k_dense_replace=2))
-add("tied", "(23)", "The head is the embedding.", config=dict(tie_word_embeddings=True))
-add("v2_lite", "V2 report", "Softmax affinities, greedy choice, not normalised.", "huggingface/transformers#47435",
-    config=V2 | dict(topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1, routed_scaling_factor=1.0),
-)  # fmt: skip
-add("v2", "V2 report", "Softmax affinities, groups ranked by their best one.", "huggingface/transformers#47435",
-    config=V2 | dict(topk_method="group_limited_greedy", routed_scaling_factor=16.0))  # fmt: skip
 add("mtp", "(21)-(23)",
     "[embedding ; state] for the released weights, the state after model.norm, no embedding masked, shared_head.norm "
     "of its own.",
@@ -287,7 +260,7 @@ add("generate", "(1)-(16)", "Greedy tokens from the latent cache are those that 
     "lablup/mlxcel#998", config=V3_YARN, max_tokens=24, **GENERATE)  # fmt: skip
 add("generate_moonlight", "(9)", "The same where queries are not compressed and there are no groups.",
     config=MOONLIGHT, max_tokens=16, **GENERATE)  # fmt: skip
-add("generate_ragged", "(10)", "Prompts of unequal length in one batch: each row as if alone.",
+add("generate_ragged", "(10)", "Prompts of unequal length: each as if alone.",
     config=BIGGER, lengths=[9, 4, 1], max_tokens=16, **GENERATE)  # fmt: skip
 add("generate_yarn", "4.3", "Generation that crosses the original context, 24: what the cache holds stays right.",
     "pytorch/torchtitan#4117", config=CROSSING, lengths=[16], max_tokens=24, **GENERATE)  # fmt: skip
@@ -300,8 +273,8 @@ add("generate_mtp_small_vocab", "2.2",
     "NVIDIA/TensorRT-LLM#5285", "vllm-project/vllm#14649",
     config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
 add("generate_mtp_ragged", "2.2",
-    "Rows of unequal length whose drafts are accepted at different times: after the first pass no two rows are at one "
-    "position.",
+    "Prompts of unequal length whose drafts are accepted at different times: in a batch, after the first pass no two "
+    "rows are at one position.",
     config=SMALL_VOCAB, lengths=[7, 3, 1], seed=28, max_tokens=16, **SPECULATE)  # fmt: skip
 add("generate_mtp_cache", "2.2",
     "The MTP module is layer L with a cache of its own: where it writes into the last main layer's, another text "
@@ -366,19 +339,17 @@ def watch(model, layers, kept, gaps, unseen):
     choices were, infinitely far where its least gate is below the share `unseen` of their sum."""
     named = (r"lm_head|model\.(embed_tokens|norm|layers\.\d+(\.(eh_proj|input_layernorm|post_attention_layernorm|"
              r"mlp|mlp\.gate|mlp\.shared_experts|self_attn|self_attn\.kv_a_layernorm))?)")  # fmt: skip
-    v2 = isinstance(model, DeepseekV2ForCausalLM)
 
     def keep(name, module, inputs, out):
         if not name.endswith(".gate"):
             kept[name.replace("kv_a_layernorm", "kv_latent")] = out[0][0] if isinstance(out, tuple) else out[0]
             return
         logits, gates, index = out
-        kept[f"{name}.scores"] = score = logits.softmax(-1) if v2 else logits.sigmoid()
+        kept[f"{name}.scores"] = score = logits.sigmoid()
         kept[f"{name}.indices"], order = index.sort()
         kept[f"{name}.weights"] = gates.gather(1, order)
-        choice = score if v2 else score + module.e_score_correction_bias
-        choice = choice.unflatten(-1, (module.num_group, -1))
-        group = choice.max(-1)[0] if v2 else choice.topk(2)[0].sum(-1)
+        choice = (score + module.e_score_correction_bias).unflatten(-1, (module.num_group, -1))
+        group = choice.topk(2)[0].sum(-1)
         lost = group < group.topk(module.topk_group)[0][:, -1:]
         choice = choice.masked_fill(lost[..., None], -math.inf).flatten(1)
         seen = gates.amin(-1) >= unseen * gates.sum(-1)
@@ -396,36 +367,27 @@ rotating = []  # the attention that runs last, and where its arrays are kept
 
 
 def watch_rotations():
-    """The rotations are functions, not modules. One of HF's returns its pairs as halves: here they are neighbours."""
+    """The rotation is a function, not a module. HF's returns pairs as halves: here they are neighbours."""
+    rotate = modeling_deepseek_v3.apply_rotary_pos_emb_interleave
 
-    def watched(rotate, halves):
-        def keep(*args, **kwargs):
-            name, kept = rotating[-1]
-            out = rotate(*args, **kwargs)
-            q_HTR, k_TR = out[0][0], out[1][0, 0]
-            if halves:
-                q_HTR, k_TR = (x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for x in (q_HTR, k_TR))
-            kept[f"{name}.q_rope"], kept[f"{name}.k_rope"] = q_HTR.transpose(0, 1).clone(), k_TR.clone()
-            return out
+    def keep(*args, **kwargs):
+        name, kept = rotating[-1]
+        out = rotate(*args, **kwargs)
+        q_HTR, k_TR = (x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for x in (out[0][0], out[1][0, 0]))
+        kept[f"{name}.q_rope"], kept[f"{name}.k_rope"] = q_HTR.transpose(0, 1).clone(), k_TR.clone()
+        return out
 
-        return keep
-
-    for module, name, halves in ((modeling_deepseek_v3, "apply_rotary_pos_emb_interleave", True),
-                                 (modeling_deepseek_v3, "apply_rotary_pos_emb", False),
-                                 (modeling_deepseek_v2, "apply_rotary_emb", False)):  # fmt: skip
-        setattr(module, name, watched(getattr(module, name), halves))
+    modeling_deepseek_v3.apply_rotary_pos_emb_interleave = keep
 
 
 class Judge:
     """HF's model of a config and its MTP modules, with the weights of a checkpoint; what they computed last."""
 
     def __init__(self, config, weights, unseen=0):
-        v2 = config["model_type"] == "deepseek_v2"
         apart = "model_type", "torch_dtype", "dtype", "quantization_config"
-        hf = (DeepseekV2Config if v2 else DeepseekV3Config)(
-            **copy.deepcopy({key: x for key, x in config.items() if key not in apart}))  # fmt: skip
+        hf = DeepseekV3Config(**copy.deepcopy({key: x for key, x in config.items() if key not in apart}))
         hf._attn_implementation = hf._experts_implementation = "eager"
-        self.model = (DeepseekV2ForCausalLM if v2 else DeepseekV3ForCausalLM)(hf).eval()
+        self.model = DeepseekV3ForCausalLM(hf).eval()
         self.layers, self.depth = config["num_hidden_layers"], config.get("num_nextn_predict_layers", 0)
         self.mtp = MtpModel(self.model, self.depth).eval() if self.depth else None
         self.kept, self.gaps = {}, []
@@ -603,7 +565,7 @@ def make_losses(name, case, weights):
 
 
 def make_phases(name, case, weights):
-    """cos and sin of YaRN's angles, times their magnitude, with 50 digits."""
+    """cos and sin of YaRN's angles, with 50 digits."""
     mpmath.mp.dps = 50
     R, theta, yarn = case["config"]["qk_rope_head_dim"], case["config"]["rope_theta"], case["config"]["rope_scaling"]
 
@@ -611,20 +573,17 @@ def make_phases(name, case, weights):
         original = yarn["original_max_position_embeddings"]
         return R * mpmath.log(original / (2 * mpmath.pi * times)) / (2 * mpmath.log(theta))
 
-    def m(mscale):
-        return mpmath.mpf(mscale) / 10 * mpmath.log(yarn["factor"]) + 1
-
     low = max(mpmath.floor(pair_that_turns(yarn["beta_fast"])), 0)
     high = min(mpmath.ceil(pair_that_turns(yarn["beta_slow"])), R - 1)
-    magnitude, rows = m(yarn["mscale"]) / m(yarn["mscale_all_dim"]), {"cos": [], "sin": []}
+    rows = {"cos": [], "sin": []}
     for position in case["positions"]:
         angles = []
         for j in range(R // 2):
             ramp = min(max((j - low) / (high - low), 0), 1)
             frequency = mpmath.mpf(theta) ** (-mpmath.mpf(2 * j) / R)
             angles.append(position * frequency * (1 - ramp + ramp / yarn["factor"]))
-        rows["cos"].append([float(magnitude * mpmath.cos(x)) for x in angles])
-        rows["sin"].append([float(magnitude * mpmath.sin(x)) for x in angles])
+        rows["cos"].append([float(mpmath.cos(x)) for x in angles])
+        rows["sin"].append([float(mpmath.sin(x)) for x in angles])
     return {name: torch.tensor(x) for name, x in rows.items()}
 
 

@@ -28,17 +28,16 @@ class Mistake(NamedTuple):
     plant: object  # () -> {name: replacement}
     cases: list  # that must fail; the first one shows it at `where`
     where: str  # the part of the layer, or the array
-    unseen: str = ""  # a precision in which no case can show it
 
 
 MISTAKES = {}
 
 
-def mistake(what, where, cases, unseen=""):
+def mistake(what, where, cases):
     """A decorator: the function's replacements are the mistake `what`."""
 
     def add(plant):
-        MISTAKES[what] = Mistake(plant, cases.split(), where, unseen)
+        MISTAKES[what] = Mistake(plant, cases.split(), where)
         return plant
 
     return add
@@ -83,7 +82,7 @@ def tensors(part, change):
             x = super().__getitem__(name)
             if not name.endswith(part):
                 return x
-            return change(x.whole() if isinstance(x, dsv3.Matrix) else x, self.cfg)
+            return change(x.whole() if isinstance(x, dsv3.Stored) else x, self.cfg)
 
     return {"Checkpoint": Wrong}
 
@@ -94,10 +93,10 @@ def recorded_instead(name, x):
         dsv3.recorded[name][-1] = x
 
 
-def simple(where, cases, table, unseen=""):
+def simple(where, cases, table):
     """Mistakes that share a place and need one line each: {what: plant}"""
     for what, plant in table.items():
-        mistake(what, where, cases, unseen)(plant)
+        mistake(what, where, cases)(plant)
 
 
 # ---- Embedding, norms, MLPs, residuals -----------------------------------------------------------------------------
@@ -105,7 +104,18 @@ def simple(where, cases, table, unseen=""):
 
 def norm(wrong):
     """wrong(x, weight, eps), x in float32 or better."""
-    return {"rms_norm": lambda x, weight, eps: wrong(dsv3.wide(x), weight, eps).astype(x.dtype)}
+
+    def rms_norm(x, w, name, eps):
+        return wrong(dsv3.wide(x), w[f"{name}.weight"], eps).astype(x.dtype)
+
+    return {"rms_norm": rms_norm}
+
+
+def right_norm(x, weight, eps):
+    return RIGHT_NORM(x, {"norm.weight": weight}, "norm", eps)
+
+
+RIGHT_NORM = dsv3.rms_norm
 
 
 def mean_square(x):
@@ -119,20 +129,19 @@ simple("input_layernorm", "eps", {
     "eps bounds the mean square from below":
         lambda: norm(lambda x, weight, eps: x / np.sqrt(np.maximum(mean_square(x), eps)) * weight),
 })  # fmt: skip
-RIGHT_NORM = dsv3.rms_norm
 simple("input_layernorm", "v3_yarn one_token", {
-    "the norms' weights are 1 + what is stored": lambda: norm(lambda x, weight, eps: RIGHT_NORM(x, 1 + weight, eps)),
+    "the norms' weights are 1 + what is stored": lambda: norm(lambda x, weight, eps: right_norm(x, 1 + weight, eps)),
     "the norms subtract the mean": lambda: norm(
-        lambda x, weight, eps: RIGHT_NORM(x - x.mean(axis=-1, keepdims=True), weight, eps)),
+        lambda x, weight, eps: right_norm(x - x.mean(axis=-1, keepdims=True), weight, eps)),
     "the norms divide by the root of the sum": lambda: norm(
-        lambda x, weight, eps: RIGHT_NORM(x, weight, eps) / math.sqrt(x.shape[-1])),
-    "the norms' weights are not applied": lambda: norm(lambda x, weight, eps: RIGHT_NORM(x, np.ones_like(weight), eps)),
+        lambda x, weight, eps: right_norm(x, weight, eps) / math.sqrt(x.shape[-1])),
+    "the norms' weights are not applied": lambda: norm(lambda x, weight, eps: right_norm(x, np.ones_like(weight), eps)),
 })  # fmt: skip
 
 
 @mistake("the norms round once, after the weight", "input_layernorm", "half")
 def _():
-    return {"rms_norm": lambda x, weight, eps: RIGHT_NORM(dsv3.wide(x), dsv3.wide(weight), eps).astype(x.dtype)}
+    return norm(lambda x, weight, eps: right_norm(x, dsv3.wide(weight), eps))
 
 
 @mistake("input_layernorm and post_attention_layernorm are swapped", "input_layernorm", "v3_yarn")
@@ -157,14 +166,14 @@ def _():
 def activation(wrong):
     """wrong(gate, up) in the MLPs."""
 
-    def swiglu(x, w, name):
-        gate, up = (dsv3.linear(x, w, f"{name}.{part}_proj") for part in ("gate", "up"))
-        return dsv3.linear(wrong(gate, up), w, f"{name}.down_proj")
+    def swiglu(x, w, name, linear=dsv3.linear):
+        gate, up = (linear(x, w, f"{name}.{part}_proj") for part in ("gate", "up"))
+        return linear(wrong(gate, up), w, f"{name}.down_proj")
 
     return {"swiglu": swiglu}
 
 
-simple("mlp", "all_dense v3_yarn", {
+simple("mlp", "v3_yarn", {
     "gate_proj and up_proj are swapped": lambda: activation(lambda gate, up: dsv3.silu(up) * gate),
     "gelu in place of silu": lambda: activation(
         lambda gate, up: 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up),
@@ -173,22 +182,36 @@ simple("mlp", "all_dense v3_yarn", {
 })  # fmt: skip
 
 
+def passed_on(attend=None, experts=None):
+    """`block` hands on a wrong one in place of mla_naive or moe_all, which are default arguments."""
+    right, naive, everyone = dsv3.block, dsv3.mla_naive, dsv3.moe_all
+
+    def block(x_TD, w, layer, cfg, rotation_TP, attend_given=naive, experts_given=everyone):
+        a = attend if attend and attend_given is naive else attend_given
+        e = experts if experts and experts_given is everyone else experts_given
+        return right(x_TD, w, layer, cfg, rotation_TP, a, e)
+
+    return {"block": block}
+
+
 def block(before_mlp=lambda x, a, normed: x + a, after_mlp=lambda x, y: x + y):
     """The page's block, with other residuals: of x and the attention's result, then of that and the MLP's."""
 
-    def wrong(x_BTD, w, layer, cfg, pos, cache):
+    def wrong(x_TD, w, layer, cfg, rotation_TP, attend=dsv3.mla_naive, experts=dsv3.moe_all):
         name, eps = f"model.layers.{layer}", cfg.rms_norm_eps
-        normed_BTD = dsv3.rms_norm(x_BTD, w[f"{name}.input_layernorm.weight"], eps)
-        dsv3.record(f"{name}.input_layernorm", normed_BTD)
-        x_BTD = before_mlp(x_BTD, dsv3.mla(normed_BTD, w, layer, cfg, pos, cache), normed_BTD)
-        normed_BTD = dsv3.rms_norm(x_BTD, w[f"{name}.post_attention_layernorm.weight"], eps)
-        dsv3.record(f"{name}.post_attention_layernorm", normed_BTD)
-        dense = dsv3.swiglu(normed_BTD, w, f"{name}.mlp") if cfg.is_dense(layer) else None
-        y_BTD = dsv3.moe(normed_BTD, w, f"{name}.mlp", cfg, cache) if dense is None else dense
-        dsv3.record(f"{name}.mlp", y_BTD)
-        x_BTD = after_mlp(x_BTD, y_BTD)
-        dsv3.record(name, x_BTD)
-        return x_BTD
+        normed_TD = dsv3.rms_norm(x_TD, w, f"{name}.input_layernorm", eps)
+        dsv3.record(f"{name}.input_layernorm", normed_TD)
+        a_TD = dsv3.mla(normed_TD, w, f"{name}.self_attn", cfg, rotation_TP, attend)
+        x_TD = before_mlp(x_TD, a_TD, normed_TD)
+        normed_TD = dsv3.rms_norm(x_TD, w, f"{name}.post_attention_layernorm", eps)
+        dsv3.record(f"{name}.post_attention_layernorm", normed_TD)
+        dense = layer < cfg.first_k_dense_replace
+        mlp = dsv3.swiglu if dense else lambda *args: dsv3.moe(*args, cfg, experts)
+        y_TD = mlp(normed_TD, w, f"{name}.mlp")
+        dsv3.record(f"{name}.mlp", y_TD)
+        x_TD = after_mlp(x_TD, y_TD)
+        dsv3.record(name, x_TD)
+        return x_TD
 
     return {"block": wrong}
 
@@ -203,7 +226,7 @@ simple("model.layers.0", "v3_yarn", {
 simple("model.norm", "v3_yarn one_token", {
     "model.norm is left out": lambda: final_norm(lambda h, w, cfg, last: last),
     "model.norm is applied twice": lambda: final_norm(
-        lambda h, w, cfg, last: dsv3.rms_norm(h, w["model.norm.weight"], cfg.rms_norm_eps)),
+        lambda h, w, cfg, last: dsv3.rms_norm(h, w, "model.norm", cfg.rms_norm_eps)),
 })  # fmt: skip
 
 
@@ -222,32 +245,34 @@ def final_norm(wrong):
     """wrong(h, w, cfg, the state before model.norm)"""
     right, last = dsv3.forward, []
 
-    def forward(token_BT, w, cfg, *args):
-        h_BTD = wrong(right(token_BT, w, cfg, *args), w, cfg, last[0])
-        recorded_instead("model.norm", h_BTD)
-        return h_BTD
+    def forward(token_T, w, cfg, *args, **named):
+        h_TD = wrong(right(token_T, w, cfg, *args, **named), w, cfg, last[0])
+        recorded_instead("model.norm", h_TD)
+        return h_TD
 
     return {"forward": forward, "block": watched_block(last)}
 
 
-@mistake("the head is the embedding though they are not tied", "lm_head", "v3_yarn")
+@mistake("the head is the embedding, as if they were tied", "lm_head", "v3_yarn")
 def _():
-    return {"head": lambda h_BTD, w, cfg: h_BTD @ w["model.embed_tokens.weight"].T}
+    return {"head": lambda h_TD, w: h_TD @ w["model.embed_tokens.weight"].T}
 
 
 # ---- Rotation and YaRN ---------------------------------------------------------------------------------------------
 
 
-def turned(wrong):
-    """wrong(angle_BTP, cfg) -> angles."""
-    right = dsv3.positions
+def turned(wrong, magnitude=lambda cfg: 1.0):
+    """wrong(positions (T,), cfg) -> angles (T, P)."""
 
-    def positions(token_BT, start_B, cfg, dtype):
-        pos = right(token_BT, start_B, cfg, dtype)
-        angle, m = wrong(pos.pos_BT, cfg), dsv3.rope_magnitude(cfg)
-        return pos._replace(rotation_BTP=(m * np.exp(1j * angle)).astype(np.result_type(dtype, np.complex64)))
+    def rotations(start, T, cfg, dtype):
+        angle_TP = wrong(np.arange(start, start + T), cfg)
+        return (magnitude(cfg) * np.exp(1j * angle_TP)).astype(np.result_type(dtype, np.complex64))
 
-    return {"positions": positions}
+    return {"rotations": rotations}
+
+
+def angles(pos_T, cfg):
+    return pos_T[:, None] * dsv3.rope_frequencies(cfg)
 
 
 def frequencies(wrong):
@@ -272,33 +297,36 @@ def ramp(low_high):
 
 
 def rounded(low, high, cfg, top):
-    if cfg.rope_scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, top)
+    return max(math.floor(low), 0), min(math.ceil(high), top)
 
 
 def rotation(wrong):
-    """wrong(x, rotation, interleave) for rope."""
+    """wrong(x, rotation) for rope."""
     return {"rope": wrong}
 
 
 RIGHT_ROPE = dsv3.rope
 
 
-def backwards(x, rotation, interleave):
-    return RIGHT_ROPE(x, rotation.conj(), interleave)
+def backwards(x, rotation):
+    return RIGHT_ROPE(x, rotation.conj())
 
 
-def as_it_is(x, rotation, interleave):
+def as_it_is(x, rotation):
     return x
 
 
-simple("self_attn.q_rope", "v3_yarn attention_bias", {
-    "RoPE pairs other elements (halves for neighbours, or the reverse)":
-        lambda: config(lambda cfg: {"rope_interleave": not cfg.rope_interleave}),
+def halves(x, rotation):
+    a, b = np.split(dsv3.wide(x), 2, axis=-1)
+    z = (a + 1j * b) * rotation
+    return np.concatenate([z.real, z.imag], axis=-1).astype(x.dtype)
+
+
+simple("self_attn.q_rope", "v3_yarn", {
+    "RoPE pairs the elements of two halves, not neighbours": lambda: rotation(halves),
     "RoPE turns the other way": lambda: rotation(backwards),
     "nothing is rotated": lambda: rotation(as_it_is),
-    "positions count from 1": lambda: turned(lambda pos, cfg: (pos + 1)[..., None] * dsv3.rope_frequencies(cfg)),
+    "positions count from 1": lambda: turned(lambda pos, cfg: angles(pos + 1, cfg)),
     "frequencies are theta^(-j/R)": lambda: frequencies(
         lambda cfg: cfg.rope_theta ** -(np.arange(cfg.qk_rope_head_dim // 2) / cfg.qk_rope_head_dim)),
     "frequencies are kept in bfloat16": lambda: bf16_frequencies(),
@@ -316,13 +344,9 @@ def bf16_frequencies():
 
 
 def one_rotation(part, wrong):
-    """wrong(x, rotation, interleave) for the query alone (4 axes) or the key alone (3)."""
-    axes = {"query": 4, "key": 3}[part]
-
-    def rope(x, rotation, interleave=True):
-        return (wrong if x.ndim == axes else RIGHT_ROPE)(x, rotation, interleave)
-
-    return {"rope": rope}
+    """wrong(x, rotation) for the queries alone (3 axes) or the keys alone (2)."""
+    axes = {"query": 3, "key": 2}[part]
+    return {"rope": lambda x, rotation: (wrong if x.ndim == axes else RIGHT_ROPE)(x, rotation)}
 
 
 simple("self_attn.q_rope", "v3_yarn", {
@@ -337,13 +361,16 @@ simple("self_attn.k_rope", "v3_yarn", {
 
 @mistake("YaRN is off for the queries alone", "self_attn.q_rope", "v3_yarn")
 def _():
-    right, right_query = dsv3.positions, dsv3.mla_query
+    right, right_query, plain = dsv3.rotations, dsv3.mla_query, []
 
-    def query(x_BTD, w, name, cfg, pos):
-        plain = right(pos.pos_BT, pos.pos_BT[:, 0], replace(cfg, rope_scaling=None), x_BTD.dtype)
-        return right_query(x_BTD, w, name, cfg, plain)
+    def rotations(start, T, cfg, dtype):
+        plain[:] = [right(start, T, replace(cfg, rope_scaling=None), dtype)]
+        return right(start, T, cfg, dtype)
 
-    return {"mla_query": query}
+    def query(x_TD, w, name, cfg, rotation_TP):
+        return right_query(x_TD, w, name, cfg, plain[0])
+
+    return {"rotations": rotations, "mla_query": query}
 
 
 simple("self_attn.q_rope", "v3_yarn", {
@@ -352,16 +379,15 @@ simple("self_attn.q_rope", "v3_yarn", {
     "all frequencies are divided by YaRN's factor": lambda: frequencies(
         lambda cfg: cfg.rope_theta ** -(np.arange(0, cfg.qk_rope_head_dim, 2) / cfg.qk_rope_head_dim)
         / (cfg.rope_scaling.factor if cfg.rope_scaling else 1)),
-    "YaRN's range is rounded where it should not be, or the reverse": lambda: yarn(
-        lambda it: {"truncate": not it.truncate}),
+    "YaRN's range is not rounded to whole pairs": lambda: ramp(
+        lambda low, high, cfg: (max(low, 0), min(high, cfg.qk_rope_head_dim - 1))),
     "beta_fast and beta_slow are swapped": lambda: yarn(
         lambda it: {"beta_fast": it.beta_slow, "beta_slow": it.beta_fast}),
     "YaRN slows the fast pairs and keeps the slow ones": lambda: reversed_ramp(),
     "YaRN's original context is taken for max_position_embeddings": lambda: config(
         lambda cfg: {"rope_scaling": cfg.rope_scaling and replace(
             cfg.rope_scaling, original_max_position_embeddings=cfg.max_position_embeddings)}),
-    "cos and sin carry m(mscale), as the softmax scale does": lambda: {"rope_magnitude": lambda cfg: dsv3.yarn_mscale(
-        cfg.rope_scaling.factor, cfg.rope_scaling.mscale or 1) if cfg.rope_scaling else 1.0},
+    "cos and sin carry YaRN's m": lambda: turned(angles, lambda cfg: mscale_squared(cfg) ** 0.5),
 })  # fmt: skip
 
 
@@ -387,23 +413,21 @@ simple("self_attn", "yarn_crossing", {
 
 
 def dynamic_yarn():
-    def wrong(pos_BT, cfg):
+    def wrong(pos_T, cfg):
         plain, slow = dsv3.rope_frequencies(replace(cfg, rope_scaling=None)), dsv3.rope_frequencies(cfg)
-        far = cfg.rope_scaling is not None and pos_BT >= cfg.rope_scaling.original_max_position_embeddings
-        return pos_BT[..., None] * np.where(np.broadcast_to(far, pos_BT.shape)[..., None], slow, plain)
+        it = cfg.rope_scaling
+        far_T = pos_T >= (it.original_max_position_embeddings if it else 0)
+        return pos_T[:, None] * np.where(far_T[:, None], slow, plain)
 
     return turned(wrong)
 
 
-simple("self_attn.q_rope", "hf5_spelling mscale_all_dim_0", {
-    "cos and sin lack YaRN's factor": lambda: {"rope_magnitude": lambda cfg: 1.0},
-})  # fmt: skip
 simple("self_attn.q_rope", "hf5_spelling moonlight", {
     "rope_theta is 10,000 whatever the configuration says": lambda: config(lambda cfg: {"rope_theta": 10000.0}),
 })  # fmt: skip
-simple("cos", "phases phases_magnitude", {
+simple("cos", "phases", {
     "angles are computed in float32": lambda: turned(
-        lambda pos, cfg: np.float64(np.float32(pos)[..., None] * np.float32(dsv3.rope_frequencies(cfg)))),
+        lambda pos, cfg: np.float64(np.float32(pos)[:, None] * np.float32(dsv3.rope_frequencies(cfg)))),
 })  # fmt: skip
 
 
@@ -416,7 +440,7 @@ def scale(wrong):
 
 def mscale_squared(cfg):
     it = cfg.rope_scaling
-    return dsv3.yarn_mscale(it.factor, it.mscale_all_dim) ** 2 if it and it.mscale_all_dim else 1
+    return (0.1 * it.mscale * math.log(it.factor) + 1) ** 2 if it else 1
 
 
 def head_dim(cfg):
@@ -435,13 +459,6 @@ simple("self_attn", "v3_yarn mscale_707", {
         lambda cfg: (cfg.kv_lora_rank + cfg.qk_rope_head_dim) ** -0.5 * mscale_squared(cfg)),
     "the softmax scale is left out": lambda: scale(lambda cfg: 1.0),
 })  # fmt: skip
-simple("self_attn", "hf5_spelling mscale_all_dim_0", {
-    "the softmax scale takes mscale for mscale_all_dim": lambda: scale(lambda cfg: head_dim(cfg) ** -0.5 * (
-        dsv3.yarn_mscale(cfg.rope_scaling.factor, cfg.rope_scaling.mscale) ** 2
-        if cfg.rope_scaling and cfg.rope_scaling.mscale else 1)),
-})  # fmt: skip
-
-
 def first_rows_last(x, heads, n):
     """In each head the first n rows go behind the others."""
     return np.roll(x.reshape(heads, len(x) // heads, -1), -n, axis=1).reshape(x.shape)
@@ -474,11 +491,11 @@ simple("self_attn.kv_latent", "v3_yarn", {
         c / np.sqrt(mean_square(np.concatenate([c, k], axis=-1)) + dsv3.LATENT_EPS) * weight, k)),
     "c_KV is not normed": lambda: latent(lambda c, k, weight, cfg: (c, k)),
     "c_KV is normed without its weight": lambda: latent(
-        lambda c, k, weight, cfg: (dsv3.rms_norm(c, np.ones_like(weight), dsv3.LATENT_EPS), k)),
+        lambda c, k, weight, cfg: (right_norm(c, np.ones_like(weight), dsv3.LATENT_EPS), k)),
 })  # fmt: skip
 simple("self_attn.k_rope", "v3_yarn", {
     "k_R is normed": lambda: latent(lambda c, k, weight, cfg: (
-        dsv3.rms_norm(c, weight, dsv3.LATENT_EPS), dsv3.rms_norm(k, np.ones_like(k[0, 0]), dsv3.LATENT_EPS))),
+        right_norm(c, weight, dsv3.LATENT_EPS), right_norm(k, np.ones_like(k[0]), dsv3.LATENT_EPS))),
 })  # fmt: skip
 simple("self_attn", "v3_yarn", {
     "the heads of kv_b_proj are read as [v ; k]": lambda: tensors(
@@ -491,24 +508,24 @@ simple("self_attn", "v3_yarn", {
         "o_proj.weight", lambda x, cfg: heads_last(x.T, cfg.num_attention_heads).T),
     "k_R is the first head's alone": lambda: expanded(
         lambda k, v, cfg: (
-            k * (np.arange(k.shape[2])[:, None] * (np.arange(k.shape[3]) >= cfg.qk_nope_head_dim) == 0), v)),
+            k * (np.arange(k.shape[1])[:, None] * (np.arange(k.shape[2]) >= cfg.qk_nope_head_dim) == 0), v)),
     "keys are joined as [rope ; nope], queries as [nope ; rope]": lambda: expanded(
         lambda k, v, cfg: (np.roll(k, cfg.qk_rope_head_dim, axis=-1), v)),
     "k_R is left out of the keys": lambda: expanded(
-        lambda k, v, cfg: (k * (np.arange(k.shape[3]) < cfg.qk_nope_head_dim), v)),
+        lambda k, v, cfg: (k * (np.arange(k.shape[2]) < cfg.qk_nope_head_dim), v)),
 })  # fmt: skip
 
 
 def latent(wrong):
     """wrong(c, k_R before its rotation, the norm's weight, cfg) -> both, c as it enters the cache."""
 
-    def mla_latent(x_BTD, w, name, cfg, pos):
-        kv_BTL, C = dsv3.linear(x_BTD, w, f"{name}.kv_a_proj_with_mqa"), cfg.kv_lora_rank
-        c_BTC, k_BTR = wrong(kv_BTL[..., :C], kv_BTL[..., C:], w[f"{name}.kv_a_layernorm.weight"], cfg)
-        k_BTR = dsv3.rope(k_BTR, pos.rotation_BTP, cfg.rope_interleave)
-        dsv3.record(f"{name}.kv_latent", c_BTC)
-        dsv3.record(f"{name}.k_rope", k_BTR)
-        return np.concatenate([c_BTC, k_BTR], axis=-1).astype(x_BTD.dtype)
+    def mla_latent(x_TD, w, name, cfg, rotation_TP):
+        kv_TL, C = dsv3.linear(x_TD, w, f"{name}.kv_a_proj_with_mqa"), cfg.kv_lora_rank
+        c_TC, k_TR = wrong(kv_TL[:, :C], kv_TL[:, C:], w[f"{name}.kv_a_layernorm.weight"], cfg)
+        k_TR = dsv3.rope(k_TR, rotation_TP)
+        dsv3.record(f"{name}.kv_latent", c_TC)
+        dsv3.record(f"{name}.k_rope", k_TR)
+        return np.concatenate([c_TC, k_TR], axis=-1).astype(x_TD.dtype)
 
     return {"mla_latent": mla_latent}
 
@@ -516,15 +533,16 @@ def latent(wrong):
 def query(wrong):
     """wrong(c, the norm's weight, cfg) -> what q_b_proj reads."""
 
-    def mla_query(x_BTD, w, name, cfg, pos):
+    def mla_query(x_TD, w, name, cfg, rotation_TP):
         if cfg.q_lora_rank is None:
-            q_BTX = dsv3.linear(x_BTD, w, f"{name}.q_proj")
+            q_TX = dsv3.linear(x_TD, w, f"{name}.q_proj")
         else:
-            c_BTQ = dsv3.linear(x_BTD, w, f"{name}.q_a_proj")
-            q_BTX = dsv3.linear(wrong(c_BTQ, w[f"{name}.q_a_layernorm.weight"], cfg), w, f"{name}.q_b_proj")
-        q_BTHX = q_BTX.reshape(*x_BTD.shape[:2], cfg.num_attention_heads, -1)
-        nope, rope = q_BTHX[..., : cfg.qk_nope_head_dim], q_BTHX[..., cfg.qk_nope_head_dim :]
-        rope = dsv3.rope(rope, pos.rotation_BTP[:, :, None], cfg.rope_interleave)
+            c_TQ = dsv3.linear(x_TD, w, f"{name}.q_a_proj")
+            c_TQ = wrong(c_TQ, w[f"{name}.q_a_layernorm.weight"], cfg)
+            q_TX = dsv3.linear(c_TQ, w, f"{name}.q_b_proj")
+        q_THX = q_TX.reshape(len(x_TD), cfg.num_attention_heads, -1)
+        nope, rope = np.split(q_THX, [cfg.qk_nope_head_dim], axis=-1)
+        rope = dsv3.rope(rope, rotation_TP[:, None])
         dsv3.record(f"{name}.q_rope", rope)
         return nope, rope
 
@@ -532,7 +550,7 @@ def query(wrong):
 
 
 def with_eps(c, weight, cfg):
-    return dsv3.rms_norm(c, weight, cfg.rms_norm_eps)
+    return right_norm(c, weight, cfg.rms_norm_eps)
 
 
 simple("self_attn.q_rope", "v3_yarn", {
@@ -546,34 +564,43 @@ simple("self_attn.kv_latent", "latent_eps moonlight", {
     "the norms on both latents take rms_norm_eps": lambda: query(with_eps) | latent(
         lambda c, k, weight, cfg: (with_eps(c, weight, cfg), k)),
 })  # fmt: skip
-simple("self_attn.kv_latent", "attention_bias", {
-    "the projections' biases are not added": lambda: tensors("proj.bias", lambda x, cfg: x * 0)
-    | tensors(("q_a_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"), lambda x, cfg: x * 0),
-})  # fmt: skip
-
-
 def expanded(wrong):
-    """wrong(k_BSHX, v_BSHV, cfg), of the keys and values of all heads."""
-    right, attention = dsv3.mla_naive, dsv3.attention
+    """wrong(k_SHX, v_SHV, cfg), of the keys and values of all heads."""
+    right, definition = dsv3.mla_naive, dsv3.attention
 
-    def mla_naive(*args):
-        cfg = args[5]
-        return right(*args[:7], attention=lambda q, k, v, *rest: attention(q, *wrong(k, v, cfg), *rest))
+    def mla_naive(q_nope, q_rope, kv, w, name, cfg, attention=definition):
+        def attend(q, k, v, scale):
+            return attention(q, *wrong(k, v, cfg), scale)
 
-    return {"mla_naive": mla_naive}
+        return right(q_nope, q_rope, kv, w, name, cfg, attend)
+
+    return {"mla_naive": mla_naive} | passed_on(attend=mla_naive)
+
+
+def attending(wrong):
+    """wrong(q_THX, k_SHX, v_SHY, scale) for attention, as defined and as computed."""
+    right = dsv3.mla_naive
+
+    def attention(q_THX, k_SJX, v_SJY, scale):
+        k_SHX, v_SHY = (np.repeat(x, q_THX.shape[1] // x.shape[1], axis=1) for x in (k_SJX, v_SJY))
+        return wrong(q_THX, k_SHX, v_SHY, scale).astype(q_THX.dtype)
+
+    def mla_naive(q_nope, q_rope, kv, w, name, cfg, given=None):
+        return right(q_nope, q_rope, kv, w, name, cfg, attention)
+
+    return {"attention_in_pieces": attention, "mla_naive": mla_naive} | passed_on(attend=mla_naive)
 
 
 def visible(wrong):
-    """wrong(position of the key (S,), of the query (B, T, 1), start (B, 1, 1)) -> True where it may look."""
-    right = dsv3.positions
+    """wrong(position of the key (S,), of the query (T, 1), of the first query) -> True where it may look."""
 
-    def positions(token_BT, start_B, cfg, dtype):
-        pos = right(token_BT, start_B, cfg, dtype)
-        start = pos.pos_BT[:, :1, None]
-        query = start + np.arange(token_BT.shape[1])[:, None]
-        return pos._replace(visible_BTS=wrong(np.arange(pos.visible_BTS.shape[-1]), query, start))
+    def attention(q_THX, k_SHX, v_SHY, scale):
+        S, T = len(k_SHX), len(q_THX)
+        visible_TS = wrong(np.arange(S), np.arange(S - T, S)[:, None], S - T)
+        score_HTS = np.where(visible_TS, scale * np.einsum("THX,SHX->HTS", q_THX, k_SHX), -np.inf)
+        return np.einsum("HTS,SHY->THY", dsv3.softmax(score_HTS), v_SHY)
 
-    return {"positions": positions}
+    return attending(attention)
 
 
 simple("self_attn", "v3_yarn long", {
@@ -585,33 +612,33 @@ simple("self_attn", "v3_yarn long", {
 
 @mistake("the softmax runs over the heads", "self_attn", "v3_yarn")
 def _():
-    def attention(q_BTHX, k_BSHX, v_BSHY, visible_BTS, scale):
-        score_BHTS = scale * np.einsum("BTHX,BSHX->BHTS", q_BTHX, k_BSHX)
-        p_BHTS = np.moveaxis(dsv3.softmax(np.moveaxis(score_BHTS, 1, -1)), -1, 1) * visible_BTS[:, None]
-        return np.einsum("BHTS,BSHY->BTHY", p_BHTS.astype(v_BSHY.dtype), v_BSHY)
+    def attention(q_THX, k_SHX, v_SHY, scale):
+        score_TSH = scale * np.einsum("THX,SHX->TSH", q_THX, k_SHX)
+        S, T = len(k_SHX), len(q_THX)
+        visible_TS = np.arange(S) <= np.arange(S - T, S)[:, None]
+        return np.einsum("TSH,SHY->THY", dsv3.softmax(score_TSH) * visible_TS[..., None], v_SHY)
 
-    right = dsv3.mla_naive
-    return {"mla_naive": lambda *args: right(*args[:7], attention=attention)}
+    return attending(attention)
 
 
 # ---- The cache and the absorbed form -------------------------------------------------------------------------------
 
 
 def cache(wrong):
-    """wrong(layer, kv_BTL, pos, self) -> what is appended in their place."""
+    """wrong(kv_TL, name, self) -> what is written in its place."""
 
     class Wrong(dsv3.Cache):
-        def append(self, layer, kv_BTL, pos):
-            return super().append(*wrong(layer, kv_BTL, pos, self))
+        def write(self, name, kv_TL):
+            return super().write(name, wrong(kv_TL, name, self))
 
     return {"Cache": Wrong}
 
 
 simple("self_attn.q_rope", "chunks", {
     "positions start again in each chunk": lambda: turned(
-        lambda pos, cfg: np.broadcast_to(np.arange(pos.shape[1]), pos.shape)[..., None] * dsv3.rope_frequencies(cfg)),
+        lambda pos, cfg: angles(pos - pos[0], cfg)),
     "positions of later chunks are one too far": lambda: turned(
-        lambda pos, cfg: (pos + (pos[:, :1] > 0))[..., None] * dsv3.rope_frequencies(cfg)),
+        lambda pos, cfg: angles(pos + (pos[0] > 0), cfg)),
 })  # fmt: skip
 simple("self_attn", "chunks chunks_of_three", {
     "a chunk sees only itself": lambda: visible(lambda key, query, start: (key >= start) & (key <= query)),
@@ -623,33 +650,27 @@ simple("self_attn", "chunks chunks_of_three", {
 
 
 def late_cache():
-    def wrong(layer, kv_BTL, pos, self):
-        start = int(pos.pos_BT.min())
-        if start and kv_BTL.shape[1] > 1:
-            kv_BTL = np.concatenate([self.layers[layer][:, start - 1, None], kv_BTL[:, :-1]], axis=1)
-        return layer, kv_BTL, pos
+    def wrong(kv_TL, name, self):
+        if self.length and len(kv_TL) > 1:
+            return np.concatenate([self.layers[name][self.length - 1 : self.length], kv_TL[:-1]])
+        return kv_TL
 
     return cache(wrong)
-
-
-simple("self_attn", "ragged_chunks generate_mtp_ragged", {
-    "all rows are cached as the first": lambda: cache(
-        lambda layer, kv_BTL, pos, self: (layer, np.repeat(kv_BTL[:1], len(kv_BTL), axis=0), pos)),
-})  # fmt: skip
 
 
 def absorbed(w_uk=lambda w, cfg: w[:, : cfg.qk_nope_head_dim], w_uv=lambda w, cfg: w[:, cfg.qk_nope_head_dim :],
              keys=lambda kv, cfg: kv, scale=lambda cfg: dsv3.softmax_scale(cfg)):  # fmt: skip
     """The absorbed form, with other matrices, keys, or another scale."""
 
-    def wrong(q_nope_BTHN, q_rope_BTHR, kv_BSL, w, name, cfg, visible_BTS):
+    right = dsv3.attention
+
+    def wrong(q_nope, q_rope, kv_SL, w, name, cfg):
         C = cfg.kv_lora_rank
         up_HXC = w[f"{name}.kv_b_proj.weight"].reshape(cfg.num_attention_heads, -1, C)
-        q_BTHC = np.einsum("BTHN,HNC->BTHC", q_nope_BTHN, w_uk(up_HXC, cfg))
-        k_BSJL = keys(kv_BSL, cfg)[:, :, None]
-        q_BTHL = np.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
-        o_BTHC = dsv3.attention(q_BTHL, k_BSJL, kv_BSL[:, :, None, :C], visible_BTS, scale(cfg))
-        return np.einsum("BTHC,HVC->BTHV", o_BTHC, w_uv(up_HXC, cfg))
+        q_THC = np.einsum("THN,HNC->THC", q_nope, w_uk(up_HXC, cfg))
+        q_THL = np.concatenate([q_THC, q_rope], axis=-1)
+        o_THC = right(q_THL, keys(kv_SL, cfg)[:, None], kv_SL[:, None, :C], scale(cfg))
+        return np.einsum("THC,HVC->THV", o_THC, w_uv(up_HXC, cfg))
 
     return {"mla_absorbed": wrong}
 
@@ -672,9 +693,8 @@ simple("self_attn", "absorbed", {
 # ---- Routing and experts -------------------------------------------------------------------------------------------
 
 
-def affinities(x_BTD, weight_ED, cfg):
-    affinity = dsv3.sigmoid if cfg.scoring_func == "sigmoid" else dsv3.softmax
-    return affinity(dsv3.wide(x_BTD) @ dsv3.wide(weight_ED).T)
+def affinities(x_TD, weight_ED, cfg):
+    return dsv3.sigmoid(dsv3.wide(x_TD) @ dsv3.wide(weight_ED).T)
 
 
 def biased(s, b, cfg):
@@ -682,7 +702,7 @@ def biased(s, b, cfg):
 
 
 def best_groups(choice, s, b, cfg):
-    return dsv3.keep_best_groups(choice, 2 if cfg.topk_method == "noaux_tc" else 1, cfg)
+    return dsv3.keep_best_groups(choice, cfg)
 
 
 def highest(choice, k):
@@ -694,21 +714,17 @@ def of_the_chosen(s, choice, index, b, cfg):
 
 
 def normalised(g, s, cfg):
-    g = g / (g.sum(-1, keepdims=True) + 1e-20) if cfg.norm_topk_prob else g
-    return g * cfg.routed_scaling_factor
+    return g / (g.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scaling_factor
 
 
 def routing(score=affinities, choose=biased, groups=best_groups, pick=highest, gate=of_the_chosen, scale=normalised):
     """The page's router, one step of it another."""
 
-    def route(x_BTD, w, name, cfg):
-        s = score(x_BTD, w[f"{name}.gate.weight"].reshape(cfg.n_routed_experts, -1), cfg)
+    def route(x_TD, w, name, cfg):
+        s = score(x_TD, w[f"{name}.gate.weight"].reshape(cfg.n_routed_experts, -1), cfg)
         dsv3.record(f"{name}.gate.scores", s)
-        v3 = cfg.topk_method == "noaux_tc"
-        b = dsv3.wide(w[f"{name}.gate.e_score_correction_bias"]) if v3 else np.zeros(1, s.dtype)
-        choice = choose(s, b, cfg)
-        if cfg.n_group > 1 and cfg.topk_method != "greedy":
-            choice = groups(choice, s, b, cfg)
+        b = dsv3.wide(w[f"{name}.gate.e_score_correction_bias"])
+        choice = groups(choose(s, b, cfg), s, b, cfg)
         index = pick(choice, cfg.num_experts_per_tok)
         dsv3.record(f"{name}.gate.indices", index)
         g = scale(gate(s, choice, index, b, cfg), s, cfg)
@@ -722,7 +738,7 @@ def ranked(rank, mask=-np.inf):
     """Groups by rank(choice (..., G, X), the same of unbiased affinities, cfg); the others' experts get the mask."""
 
     def groups(choice, s, b, cfg):
-        of_group = choice.reshape(*choice.shape[:2], cfg.n_group, -1)
+        of_group = choice.reshape(len(choice), cfg.n_group, -1)
         best = dsv3.top_k(rank(of_group, s.reshape(of_group.shape), cfg), cfg.topk_group)
         keep = dsv3.one_hot(best, cfg.n_group).any(-2)
         return np.where(keep[..., None], of_group, mask).reshape(choice.shape)
@@ -739,7 +755,7 @@ def last_of_equals(choice, k):
 
 
 def last_of_equal_groups(choice, s, b, cfg):
-    of_group = choice.reshape(*choice.shape[:2], cfg.n_group, -1)
+    of_group = choice.reshape(len(choice), cfg.n_group, -1)
     keep = dsv3.one_hot(last_of_equals(two_best(of_group), cfg.topk_group), cfg.n_group).any(-2)
     return np.where(keep[..., None], of_group, -np.inf).reshape(choice.shape)
 
@@ -747,9 +763,6 @@ def last_of_equal_groups(choice, s, b, cfg):
 simple("mlp.gate.scores", "v3_yarn", {
     "affinities are a softmax": lambda: routing(lambda x, w, cfg: dsv3.softmax(dsv3.wide(x) @ dsv3.wide(w).T)),
     "affinities are not squashed": lambda: routing(lambda x, w, cfg: dsv3.wide(x) @ dsv3.wide(w).T),
-})  # fmt: skip
-simple("mlp.gate.scores", "v2", {
-    "V2's affinities are sigmoids": lambda: routing(lambda x, w, cfg: dsv3.sigmoid(dsv3.wide(x) @ dsv3.wide(w).T)),
 })  # fmt: skip
 simple("mlp.gate.scores", "half", {
     "the router computes in half precision": lambda: routing(lambda x, w, cfg: dsv3.sigmoid(
@@ -767,9 +780,6 @@ simple("mlp.gate.indices", "v3_yarn many_groups", {
 })  # fmt: skip
 simple("mlp.gate.indices", "negative_bias", {
     "experts of the other groups are masked with 0": lambda: ranked(lambda choice, s, cfg: two_best(choice), 0.0),
-})  # fmt: skip
-simple("mlp.gate.indices", "v2", {
-    "V2's groups are ranked by their two best": lambda: ranked(lambda choice, s, cfg: two_best(choice)),
 })  # fmt: skip
 simple("mlp.gate.indices", "ties_experts", {
     "of equal experts the highest index wins": lambda: routing(pick=last_of_equals),
@@ -789,12 +799,6 @@ simple("mlp.gate.weights", "v3_yarn", {
     "gates are scaled before they are normalised": lambda: routing(
         scale=lambda g, s, cfg: g / g.sum(-1, keepdims=True)),
 })  # fmt: skip
-simple("mlp.gate.weights", "unnormalised", {
-    "gates are always normalised": lambda: routing(
-        scale=lambda g, s, cfg: g / (g.sum(-1, keepdims=True) + 1e-20) * cfg.routed_scaling_factor),
-    "gates are scaled only where normalised": lambda: routing(
-        scale=lambda g, s, cfg: normalised(g, s, cfg) if cfg.norm_topk_prob else g),
-})  # fmt: skip
 simple("mlp.gate.weights", "tiny_affinities", {
     "the normalisation's guard is 1e-6": lambda: routing(
         scale=lambda g, s, cfg: g / (g.sum(-1, keepdims=True) + 1e-6) * cfg.routed_scaling_factor),
@@ -804,91 +808,90 @@ simple("mlp.gate.weights", "tiny_affinities", {
 
 
 def experts(wrong):
-    """wrong(the routed sum, the shared experts' result or 0, cfg) -> their sum."""
+    """wrong(the routed sum, the shared experts' result, cfg) -> their sum."""
 
-    def moe(x_BTD, w, name, cfg, cache):
-        index_BTK, gate_BTK = dsv3.route(x_BTD, w, name, cfg)
-        routed = dsv3.moe_all(x_BTD, w, name, index_BTK, gate_BTK, cfg)
-        shared = dsv3.swiglu(x_BTD, w, f"{name}.shared_experts") if cfg.n_shared_experts else 0
-        return wrong(routed, shared, cfg)
+    def moe(x_TD, w, name, cfg, experts=dsv3.moe_all):
+        index_TK, gate_TK = dsv3.route(x_TD, w, name, cfg)
+        routed = experts(x_TD, w, name, index_TK, gate_TK, cfg)
+        return wrong(routed, dsv3.swiglu(x_TD, w, f"{name}.shared_experts"), cfg)
 
     return {"moe": moe}
 
 
-def gate_before(x_BTD, w, name, index_BTK, gate_BTK, cfg):
-    y_BTD = np.zeros_like(x_BTD)
+def routed(wrong):
+    """wrong in place of the routed sum, as defined and as computed."""
+    return {"moe_chosen": wrong} | passed_on(experts=wrong)
+
+
+def gate_before(x_TD, w, name, index_TK, gate_TK, cfg):
+    y_TD = np.zeros_like(x_TD)
     for e in range(cfg.n_routed_experts):
-        gate_BT = np.where(index_BTK == e, gate_BTK, 0).sum(-1).astype(x_BTD.dtype)
-        y_BTD = y_BTD + dsv3.swiglu(gate_BT[..., None] * x_BTD, w, f"{name}.experts.{e}")
-    return y_BTD
+        gate_T = np.where(index_TK == e, gate_TK, 0).sum(-1).astype(x_TD.dtype)
+        y_TD = y_TD + dsv3.swiglu(gate_T[:, None] * x_TD, w, f"{name}.experts.{e}")
+    return y_TD
 
 
+RIGHT_MOE = dsv3.moe_all
 simple("mlp", "v3_yarn", {
     "no shared expert": lambda: experts(lambda routed, shared, cfg: routed),
     "no routed experts": lambda: experts(lambda routed, shared, cfg: shared),
     "the shared expert is scaled too": lambda: experts(
         lambda routed, shared, cfg: routed + shared * cfg.routed_scaling_factor),
-    "gates multiply the experts' inputs": lambda: {"moe_all": gate_before},
-    "gates go to the chosen experts in another order": lambda: {
-        "moe_all": lambda x, w, name, index, gate, cfg: RIGHT_MOE(x, w, name, index, gate[..., ::-1], cfg)},
+    "gates multiply the experts' inputs": lambda: routed(gate_before),
+    "gates go to the chosen experts in another order": lambda: routed(
+        lambda x, w, name, index, gate, cfg: RIGHT_MOE(x, w, name, index, gate[:, ::-1], cfg)),
 })  # fmt: skip
 simple("mlp", "moonlight", {
     "shared experts are averaged": lambda: experts(lambda routed, shared, cfg: routed + shared / cfg.n_shared_experts),
 })  # fmt: skip
-RIGHT_MOE = dsv3.moe_all
 
 
 # ---- Multi-token prediction, losses, balancing, FP8 ----------------------------------------------------------------
 
 
-def module(join=lambda embedded, state: [embedded, state], token=lambda k, i: i, state=lambda h, w, cfg: h,
-           norms=("enorm", "hnorm"), final=None):  # fmt: skip
+def module(join=lambda embedded, state: [embedded, state], token=lambda x, pos: x,
+           state=lambda h, w, cfg: h, norms=("enorm", "hnorm"), final="shared_head.norm"):  # fmt: skip
     """The page's MTP module: what is joined, of which tokens, from which state, by which norms; the last norm."""
 
-    def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
+    def mtp(k, h_TD, token_T, w, cfg, start=0, attend=dsv3.mla_naive, experts=dsv3.moe_all):
         layer = cfg.num_hidden_layers + k - 1
-        name, eps = f"model.layers.{layer}", cfg.rms_norm_eps
-        pos = dsv3.positions(token_BT, start_B, cfg, h_BTD.dtype)
-        embedded = w["model.embed_tokens.weight"][token_BT]
-        embedded = dsv3.rms_norm(token(embedded, pos), w[f"{name}.{norms[0]}.weight"], eps)
-        hidden = dsv3.rms_norm(state(h_BTD, w, cfg), w[f"{name}.{norms[1]}.weight"], eps)
-        x_BTD = dsv3.linear(np.concatenate(join(embedded, hidden), axis=-1), w, f"{name}.eh_proj")
-        dsv3.record(f"{name}.eh_proj", x_BTD)
-        x_BTD = dsv3.block(x_BTD, w, layer, cfg, pos, cache)
-        last = f"{name}.shared_head.norm" if final is None else final
-        return dsv3.rms_norm(x_BTD, w[f"{last}.weight"], eps) if last else x_BTD
+        name, eps, T = f"model.layers.{layer}", cfg.rms_norm_eps, len(token_T)
+        embedded = token(w["model.embed_tokens.weight"][token_T], np.arange(start, start + T))
+        embedded = dsv3.rms_norm(embedded, w, f"{name}.{norms[0]}", eps)
+        hidden = dsv3.rms_norm(state(h_TD, w, cfg), w, f"{name}.{norms[1]}", eps)
+        x_TD = dsv3.linear(np.concatenate(join(embedded, hidden), axis=-1), w, f"{name}.eh_proj")
+        dsv3.record(f"{name}.eh_proj", x_TD)
+        rotation_TP = dsv3.rotations(start, T, cfg, x_TD.dtype)
+        x_TD = dsv3.block(x_TD, w, layer, cfg, rotation_TP, attend, experts)
+        last = final if final.startswith("model") else f"{name}.{final}"
+        return dsv3.rms_norm(x_TD, w, last, eps) if final else x_TD
 
     return {"mtp": mtp}
-
-
-def same(embedded, pos):
-    return embedded
 
 
 def before_the_norm():
     """Module 1 takes what the last layer gave."""
     right, last = dsv3.mtp, []
 
-    def mtp(k, h_BTD, *args):
-        return right(k, last[0][:, : h_BTD.shape[1]] if k == 1 else h_BTD, *args)
+    def mtp(k, h_TD, *args, **named):
+        return right(k, last[0][: len(h_TD)] if k == 1 else h_TD, *args, **named)
 
     return {"mtp": mtp, "block": watched_block(last)}
 
 
-RIGHT_HEAD = dsv3.head
 simple("eh_proj", "mtp", {
-    "MTP joins [state ; embedding]": lambda: module(lambda embedded, state: [state, embedded], same),
+    "MTP joins [state ; embedding]": lambda: module(lambda embedded, state: [state, embedded]),
     "MTP reads the state before model.norm": before_the_norm,
-    "MTP swaps enorm and hnorm": lambda: module(token=same, norms=("hnorm", "enorm")),
-    "MTP masks the embedding at position 0": lambda: module(token=lambda x, pos: x * (pos.pos_BT > 0)[..., None]),
+    "MTP swaps enorm and hnorm": lambda: module(norms=("hnorm", "enorm")),
+    "MTP masks the embedding at position 0": lambda: module(token=lambda x, pos: x * (pos > 0)[:, None]),
     "MTP norms its state by model.norm again": lambda: module(
-        token=same, state=lambda h, w, cfg: dsv3.rms_norm(h, w["model.norm.weight"], cfg.rms_norm_eps)),
+        state=lambda h, w, cfg: dsv3.rms_norm(h, w, "model.norm", cfg.rms_norm_eps)),
     "MTP reads the state one token too late": lambda: module(
-        token=same, state=lambda h, w, cfg: np.roll(h, -1, axis=1)),
+        state=lambda h, w, cfg: np.roll(h, -1, axis=0)),
 })  # fmt: skip
 simple("shared_head", "mtp", {
-    "MTP ends with model.norm": lambda: module(token=same, final="model.norm"),
-    "MTP lacks its last norm": lambda: module(token=same, final=""),
+    "MTP ends with model.norm": lambda: module(final="model.norm"),
+    "MTP lacks its last norm": lambda: module(final=""),
 })  # fmt: skip
 simple("model.layers.3.eh_proj", "mtp_depth_2", {
     "MTP module 2 reads module 1's state before its norm": lambda: next_before_norm(),
@@ -897,49 +900,37 @@ simple("model.layers.3.eh_proj", "mtp_depth_2", {
 
 def next_before_norm():
     """The state goes on without shared_head.norm, and the head norms it."""
-    plain = module(token=same, final="")["mtp"]
-    made = {}
+    plain, right_head, made = module(final="")["mtp"], dsv3.head, {}
 
-    def mtp(k, *args):
-        y_BTD = plain(k, *args)
-        made[id(y_BTD)] = (y_BTD, k)
-        return y_BTD
+    def mtp(k, h_TD, token_T, w, cfg, *args, **named):
+        y_TD = plain(k, h_TD, token_T, w, cfg, *args, **named)
+        name = f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head.norm"
+        made[id(y_TD)] = y_TD, (name, cfg.rms_norm_eps)
+        return y_TD
 
-    def head(h_BTD, w, cfg):
-        if id(h_BTD) in made:
-            name = f"model.layers.{cfg.num_hidden_layers + made[id(h_BTD)][1] - 1}.shared_head.norm.weight"
-            h_BTD = dsv3.rms_norm(h_BTD, w[name], cfg.rms_norm_eps)
-        return RIGHT_HEAD(h_BTD, w, cfg)
+    def head(h_TD, w):
+        if id(h_TD) in made:
+            h_TD = dsv3.rms_norm(h_TD, w, *made[id(h_TD)][1])
+        return right_head(h_TD, w)
 
-    return {"mtp": mtp, "head": head, "trace": direct_trace}
-
-
-def direct_trace(prompts, w, cfg, chunk=None):
-    """As `trace` without a cache; the modules' states reach the head as they are."""
-    token_BT = np.array(prompts)
-    with dsv3.recording() as named:
-        h_BXD = dsv3.forward(token_BT, w, cfg)
-        dsv3.record("lm_head", dsv3.head(h_BXD, w, cfg))
-        for k in range(1, dsv3.mtp_depth(w, cfg) + 1):
-            h_BXD = dsv3.mtp(k, h_BXD[:, :-1], token_BT[:, k:], w, cfg)
-            dsv3.record(f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head", dsv3.head(h_BXD, w, cfg))
-    return {name: x[0] for name, x in named.items()}
+    return {"mtp": mtp, "head": head}
 
 
 @mistake("MTP writes into the last layer's cache", "0/tokens", "generate_mtp_cache generate_mtp")
 def _():
-    right = dsv3.mtp
+    made = []  # in turn the main model's and the module's
 
-    class Last(NamedTuple):
-        cache: object
+    class Wrong(dsv3.Cache):
+        def __init__(self, capacity):
+            super().__init__(capacity)
+            self.main = made.pop() if made else made.append(self)
 
-        def append(self, layer, kv_BTL, pos):
-            return self.cache.append(layer - 1, kv_BTL, pos)
+        def write(self, name, kv_TL):
+            if self.main:
+                self.layers[name] = list(self.main.layers.values())[-1]
+            return super().write(name, kv_TL)
 
-    def mtp(k, h_BTD, token_BT, w, cfg, cache=None, start_B=None):
-        return right(k, h_BTD, token_BT, w, cfg, cache and Last(cache), start_B)
-
-    return {"mtp": mtp}
+    return {"Cache": Wrong}
 
 
 simple("0/tokens", "generate_mtp", {
@@ -954,10 +945,10 @@ def objective(wrong):
     """wrong(parts, T, cfg) changes the losses; the total is made of them again."""
     right = dsv3.training_objective
 
-    def training_objective(w, token_BX, cfg, mtp_weight=0.3, balance_weight=1e-4):
-        _, parts = right(w, token_BX, cfg, mtp_weight, balance_weight)
+    def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4):
+        _, parts = right(w, token_X, cfg, mtp_weight, balance_weight)
         parts = dict(parts, average=True)
-        wrong(parts, token_BX.shape[1] - 1, cfg)
+        wrong(parts, len(token_X) - 1, cfg)
         mtp = sum(parts["mtp"]) / (len(parts["mtp"]) if parts["average"] else 1)
         return parts["main"] + mtp_weight * mtp + balance_weight * parts["balance"], parts
 
@@ -1012,7 +1003,7 @@ def wrong_answer(what, request, directory):
     try:
         with planted(what), np.errstate(all="ignore"):
             return port.answer(directory, request)
-    except (ArithmeticError, LookupError, ValueError, AttributeError):
+    except (ArithmeticError, LookupError, ValueError, AttributeError, TypeError):
         return None
 
 

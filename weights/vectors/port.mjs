@@ -55,24 +55,25 @@ function record(name, x) {
 
 // ---- 2. Configuration ----------------------------------------------------------------------------------------------
 const ABSENT = {
-  q_lora_rank: null, n_shared_experts: 0, n_group: 1, topk_group: 1, rope_theta: 10000,
-  rope_interleave: true, tie_word_embeddings: false, num_nextn_predict_layers: 1,
+  model_type: "deepseek_v3", q_lora_rank: null, rope_theta: 10000, num_nextn_predict_layers: 1,
 };
-const V3 = ["sigmoid", "noaux_tc"], FAMILY = { deepseek_v3: V3, kimi_k2: V3, deepseek_v2: ["softmax", "greedy"] };
+const ONLY = { // an absent key means the first
+  model_type: ["deepseek_v3", "kimi_k2", "glm4_moe_lite"], scoring_func: ["sigmoid"], topk_method: ["noaux_tc"],
+  norm_topk_prob: [true], attention_bias: [false], tie_word_embeddings: [false], rope_interleave: [true],
+};
 const read_json = (file) => (fs.existsSync(file) ? JSON.parse(fs.readFileSync(file, "utf8")) : null);
 const present = (keys) => Object.fromEntries(Object.entries(keys ?? {}).filter(([, value]) => value !== null));
 
 /** config.json in the release's spelling (rope_scaling, rope_theta) or that of transformers 5 (rope_parameters). */
 function parse_config(keys) {
-  const { model_type = "deepseek_v3" } = keys, [scoring_func, topk_method] = FAMILY[model_type] ?? [];
-  const cfg = { ...ABSENT, scoring_func, topk_method, ...present(keys) };
+  const cfg = { ...ABSENT, ...present(keys) };
   const rope = present(cfg.rope_parameters ?? cfg.rope_scaling), type = rope.rope_type ?? rope.type ?? "default";
-  only("model_type", model_type, Object.keys(FAMILY));
-  only("scoring_func", cfg.scoring_func, ["sigmoid", "softmax"]);
-  only("topk_method", cfg.topk_method, ["noaux_tc", "greedy", "group_limited_greedy"]);
+  for (const [key, values] of Object.entries(ONLY)) only(key, cfg[key] ?? values[0], values);
   only("rope_scaling.type", type, ["yarn", "default"]);
   cfg.rope_theta = rope.rope_theta ?? cfg.rope_theta;
-  cfg.rope_scaling = type === "yarn" ? { beta_fast: 32, beta_slow: 1, truncate: true, ...rope } : null;
+  cfg.rope_scaling = type === "yarn" ? { beta_fast: 32, beta_slow: 1, ...rope } : null;
+  only("truncate", cfg.rope_scaling?.truncate ?? true, [true]);
+  only("mscale", cfg.rope_scaling?.mscale, [cfg.rope_scaling?.mscale_all_dim]);
   return cfg;
 }
 
@@ -84,10 +85,7 @@ function times(matrix, x) {
   return y;
 }
 
-function linear(x, w, name) {
-  const y = times(w.get(`${name}.weight`), x);
-  return w.has(`${name}.bias`) ? add(y, w.get(`${name}.bias`)) : y;
-}
+const linear = (x, w, name) => times(w.get(`${name}.weight`), x);
 
 /** x / rms(x) * weight; eps stands inside the root. */
 function rms_norm(x, weight, eps) {
@@ -108,48 +106,37 @@ function softmax(x) {
   return e.map((value) => value / total);
 }
 
-/** m = 0.1 mscale ln(s) + 1 */
-const yarn_mscale = (factor, mscale) => (factor > 1 ? 0.1 * mscale * Math.log(factor) + 1 : 1);
-
 /** Radians per position of each pair j: theta^(-2j/R); YaRN divides those of slow pairs by the factor, with a ramp. */
 function rope_frequencies({ qk_rope_head_dim: R, rope_theta: theta, rope_scaling: yarn }) {
   const freq = Float64Array.from(range(0, R / 2), (j) => theta ** ((-2 * j) / R));
   if (!yarn) return freq;
   const correction_dim = (turns) => // the pair, as a real number, that turns so many times within the original context
     (R * Math.log(yarn.original_max_position_embeddings / (2 * Math.PI * turns))) / (2 * Math.log(theta));
-  let low = correction_dim(yarn.beta_fast), high = correction_dim(yarn.beta_slow);
-  if (yarn.truncate) [low, high] = [Math.floor(low), Math.ceil(high)];
-  [low, high] = [Math.max(low, 0), Math.min(high, R - 1)];
+  const low = Math.max(Math.floor(correction_dim(yarn.beta_fast)), 0);
+  const high = Math.min(Math.ceil(correction_dim(yarn.beta_slow)), R - 1);
   return freq.map((f, j) => {
     const ramp = Math.min(Math.max((j - low) / (high - low || 0.001), 0), 1);
     return f * (1 - ramp) + (f / yarn.factor) * ramp;
   });
 }
 
-/** YaRN's factor on cos and sin. */
-function rope_magnitude({ rope_scaling: yarn }) {
-  if (!yarn) return 1;
-  if (!yarn.mscale || !yarn.mscale_all_dim) return yarn_mscale(yarn.factor, 1);
-  return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim);
-}
-
-/** 1 / sqrt(d_h + d_h^R) of (10), times YaRN's m(mscale_all_dim)^2. */
+/** 1 / sqrt(d_h + d_h^R) of (10), times YaRN's m^2, m = 0.1 mscale ln(s) + 1. */
 function softmax_scale({ rope_scaling: yarn, qk_nope_head_dim: N, qk_rope_head_dim: R }) {
-  return (yarn?.mscale_all_dim ? yarn_mscale(yarn.factor, yarn.mscale_all_dim) : 1) ** 2 / Math.sqrt(N + R);
+  return (yarn ? 0.1 * yarn.mscale * Math.log(yarn.factor) + 1 : 1) ** 2 / Math.sqrt(N + R);
 }
 
 /** cos and sin of each position, for each pair. */
 function phases(positions, cfg) {
-  const frequencies = rope_frequencies(cfg), m = rope_magnitude(cfg);
-  const of = (f) => positions.map((position) => frequencies.map((radians) => m * f(position * radians)));
+  const frequencies = rope_frequencies(cfg);
+  const of = (f) => positions.map((position) => frequencies.map((radians) => f(position * radians)));
   return { cos: of(Math.cos), sin: of(Math.sin) };
 }
 
-/** Rotate pair j of x, which is the neighbours 2j and 2j + 1, or else j of each half, by its angle. */
-function rope(x, [cos, sin], interleave) {
+/** Rotate pair j of x, the neighbours 2j and 2j + 1, by its angle. */
+function rope(x, [cos, sin]) {
   const out = new Float64Array(x.length);
   for (let j = 0; j < cos.length; j++) {
-    const [a, b] = interleave ? [2 * j, 2 * j + 1] : [j, j + cos.length];
+    const [a, b] = [2 * j, 2 * j + 1];
     [out[a], out[b]] = [x[a] * cos[j] - x[b] * sin[j], x[a] * sin[j] + x[b] * cos[j]];
   }
   return out;
@@ -174,14 +161,14 @@ function mla_query(x, w, name, cfg, phase) {
   const compressed = cfg.q_lora_rank !== null, N = cfg.qk_nope_head_dim;
   const latent = compressed ? latent_norm(linear(x, w, `${name}.q_a_proj`), w, `${name}.q_a_layernorm`) : x; // (6)
   const q = split(linear(latent, w, `${name}.${compressed ? "q_b_proj" : "q_proj"}`), cfg.num_attention_heads); // (7)
-  return q.map((head) => ({ nope: head.slice(0, N), rope: rope(head.slice(N), phase, cfg.rope_interleave) })); // (8)
+  return q.map((head) => ({ nope: head.slice(0, N), rope: rope(head.slice(N), phase) })); // (8)
 }
 
 /** What the cache keeps of one token: c_KV after its norm, and the rotated key of all heads, made from x. */
 function mla_latent(x, w, name, cfg, phase) {
   const kv = linear(x, w, `${name}.kv_a_proj_with_mqa`), C = cfg.kv_lora_rank;
   const c = latent_norm(kv.slice(0, C), w, `${name}.kv_a_layernorm`); // (1)
-  return concatenate(c, rope(kv.slice(C), phase, cfg.rope_interleave)); // (3)
+  return concatenate(c, rope(kv.slice(C), phase)); // (3)
 }
 
 /** Definition: expand every entry to the keys (2) and values (5) of all heads, then multi-head attention. */
@@ -222,19 +209,16 @@ function mla(x, w, layer, cfg, cache, start) {
 // ---- 5. DeepSeekMoE ------------------------------------------------------------------------------------------------
 /** One token's affinities, its experts, best first, and their gates. */
 function route(x, w, name, cfg) {
-  const affinity = times(w.get(`${name}.gate.weight`), x);
-  const scores = cfg.scoring_func === "sigmoid" ? affinity.map(sigmoid) : softmax(affinity); // (15)
-  const biased = cfg.topk_method === "noaux_tc"; // DeepSeek-V2 has no bias, and ranks a group by its best expert
-  let choice = biased ? add(scores, w.get(`${name}.gate.e_score_correction_bias`)) : scores; // (16): to choose only
-  if (cfg.n_group > 1 && cfg.topk_method !== "greedy") choice = keep_best_groups(choice, biased ? 2 : 1, cfg);
-  const indices = top_k(choice, cfg.num_experts_per_tok), chosen = Float64Array.from(indices, (e) => scores[e]);
-  const total = cfg.norm_topk_prob ? sum(chosen) + 1e-20 : 1; // (13)
+  const scores = linear(x, w, `${name}.gate`).map(sigmoid); // (15)
+  const biased = add(scores, w.get(`${name}.gate.e_score_correction_bias`)); // (16): to choose only
+  const indices = top_k(keep_best_groups(biased, cfg), cfg.num_experts_per_tok);
+  const chosen = Float64Array.from(indices, (e) => scores[e]), total = sum(chosen) + 1e-20; // (13)
   return { scores, indices, weights: chosen.map((score) => (score / total) * cfg.routed_scaling_factor) };
 }
 
-/** -inf except in the topk_group groups whose `best` highest sum highest. */
-function keep_best_groups(choice, best, { n_group, topk_group }) {
-  const group = split(choice, n_group).map((members) => sum(members.sort().slice(-best)));
+/** -inf except in the topk_group groups whose two highest sum highest. */
+function keep_best_groups(choice, { n_group, topk_group }) {
+  const group = split(choice, n_group).map((members) => sum(members.sort().slice(-2)));
   const kept = top_k(group, topk_group), size = choice.length / n_group;
   return choice.map((value, e) => (kept.includes(Math.floor(e / size)) ? value : -Infinity));
 }
@@ -245,7 +229,6 @@ function moe(x, w, name, cfg) {
   for (const part of ["scores", "indices", "weights"]) record(`${name}.gate.${part}`, routes.map((each) => each[part]));
   const experts = (row, indices) => indices.map((e) => swiglu(row, w, `${name}.experts.${e}`));
   const y = x.map((row, t) => weighted_sum(routes[t].weights, experts(row, routes[t].indices)));
-  if (!cfg.n_shared_experts) return y;
   return add_rows(y, record(`${name}.shared_experts`, x.map((row) => swiglu(row, w, `${name}.shared_experts`))));
 }
 
@@ -262,10 +245,10 @@ function balance_loss(scores, { n_routed_experts: E, num_experts_per_tok: K }) {
 // ---- 6. The model --------------------------------------------------------------------------------------------------
 const norm = (x, w, name, cfg) => x.map((row) => rms_norm(row, w.get(`${name}.weight`), cfg.rms_norm_eps));
 const embed = (tokens, w) => tokens.map((token) => w.get("model.embed_tokens.weight")[token]);
-const head = (h, w, cfg) => h.map((row) => linear(row, w, cfg.tie_word_embeddings ? "model.embed_tokens" : "lm_head"));
+const head = (h, w) => h.map((row) => linear(row, w, "lm_head"));
 
 function block(x, w, layer, cfg, cache, start) {
-  const name = `model.layers.${layer}`, is_dense = layer < Math.min(cfg.first_k_dense_replace, cfg.num_hidden_layers);
+  const name = `model.layers.${layer}`, is_dense = layer < cfg.first_k_dense_replace;
   const recorded_norm = (x, which) => record(`${name}.${which}`, norm(x, w, `${name}.${which}`, cfg));
   x = add_rows(x, mla(recorded_norm(x, "input_layernorm"), w, layer, cfg, cache, start));
   const normed = recorded_norm(x, "post_attention_layernorm");
@@ -304,11 +287,11 @@ function trace(prompt, w, cfg, sizes, depth) {
   const cache = [];
   recorded = {};
   let h = in_chunks(prompt, sizes, (tokens, from) => forward(tokens, w, cfg, cache, from));
-  record("lm_head", head(h, w, cfg));
+  record("lm_head", head(h, w));
   for (let k = 1; k <= Math.min(depth, mtp_depth(w, cfg), prompt.length - 1); k++) {
     const before = h, states = (tokens, from) => before.slice(from, from + tokens.length);
     h = in_chunks(prompt.slice(k), sizes, (tokens, from) => mtp(k, states(tokens, from), tokens, w, cfg, cache, from));
-    record(`model.layers.${cfg.num_hidden_layers + k - 1}.shared_head`, head(h, w, cfg)); // (23)
+    record(`model.layers.${cfg.num_hidden_layers + k - 1}.shared_head`, head(h, w)); // (23)
   }
   return recorded;
 }
@@ -393,7 +376,7 @@ function write_safetensors(file, named) {
 /** Greedy. With drafts the main model sees [t_n, draft of t_n+1] in one pass; the MTP module then sees the pairs
  * (h_i, t_i+1) of verified tokens, and drafts again. A rejected draft's entry is overwritten by the next pass. */
 function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
-  const cache = [], tokens = [], drafts = [], accepted = [], likeliest = (state) => argmax(head([state], w, cfg)[0]);
+  const cache = [], tokens = [], drafts = [], accepted = [], likeliest = (state) => argmax(head([state], w)[0]);
   const drafting = speculate && mtp_depth(w, cfg) > 0;
   let start = 0, feed = prompt, draft = [];
   while (tokens.length < max_tokens && !tokens.includes(stop)) {

@@ -6,6 +6,7 @@ A port is called with a directory. What request.json there asks for, of the chec
 answer.safetensors.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -23,71 +24,79 @@ def load(directory, dtype):
     return w, w.cfg
 
 
+def by_row(prompts, row):
+    """row(prompt) of each prompt -> {name: array}; of several, the names begin with its number."""
+    found = {f"{n}/" if len(prompts) > 1 else "": row(prompt) for n, prompt in enumerate(prompts)}
+    return {prefix + name: x for prefix, named in found.items() for name, x in named.items()}
+
+
 def trace(directory, dtype, prompts, chunks, depth):
-    """Without chunks the definition, with them the computation: `trace` of the page has chunks of one size alone."""
+    """Without chunks the definition, with them the computation."""
     w, cfg = load(directory, dtype)
     if chunks is None:
-        return dsv3.trace(prompts, w, cfg, None)
-    T = max(map(len, prompts))
-    token_BT = np.array([prompt + [-1] * (T - len(prompt)) for prompt in prompts])
-    cache, ends = dsv3.Cache(len(prompts), T), np.cumsum(chunks)
+        return by_row(prompts, lambda prompt: dsv3.trace(prompt, w, cfg, None))
+    return by_row(prompts, lambda prompt: trace_in_chunks(prompt, w, cfg, chunks, depth))
 
-    def in_chunks(step, end):
-        parts = [slice(stop - size, min(stop, end)) for stop, size in zip(ends, chunks, strict=True)]
-        done = [step(part, np.full(len(prompts), part.start)) for part in parts if part.start < end]
-        return np.concatenate(done, axis=1)
+
+def trace_in_chunks(prompt, w, cfg, chunks, depth):
+    """As the page's `trace`, whose chunks all have one size."""
+    token_T = np.array(prompt)
+
+    def run(step, *arrays):
+        cache, parts = dsv3.Cache(len(arrays[0])), []
+        for size in chunks:
+            part = [x[cache.length : cache.length + size] for x in arrays]
+            if len(part[0]):  # the row may be shorter than the longest
+                parts.append(dsv3.cached_pass(step, part, w, cfg, cache, size))
+        return np.concatenate(parts)
 
     with dsv3.recording() as named:
-        h_BTD = in_chunks(lambda part, start_B: dsv3.forward(token_BT[:, part], w, cfg, cache, start_B), T)
-        dsv3.record("lm_head", dsv3.head(h_BTD, w, cfg))
-        for k in range(1, depth + 1):
-            args = k, h_BTD, token_BT[:, k:]
-            h_BTD = in_chunks(lambda part, start_B, args=args: mtp_step(*args, part, start_B, w, cfg, cache), T - k)
+        h_XD = run(dsv3.forward, token_T)
+        dsv3.record("lm_head", dsv3.head(h_XD, w))
+        for k in range(1, min(depth, len(prompt) - 1) + 1):
+            h_XD = run(functools.partial(dsv3.mtp, k), h_XD[:-1], token_T[k:])
             name = f"model.layers.{cfg.num_hidden_layers + k - 1}.shared_head"
-            dsv3.record(name, dsv3.head(h_BTD, w, cfg))
-    several = len(prompts) > 1
-    return {(f"{n}/" if several else "") + name: x[n, : x.shape[1] - T + len(prompt)]
-            for n, prompt in enumerate(prompts) for name, x in named.items()}  # fmt: skip
-
-
-def mtp_step(k, h_BTD, token_BT, part, start_B, w, cfg, cache):
-    return dsv3.mtp(k, h_BTD[:, part], token_BT[:, part], w, cfg, cache, start_B)
+            dsv3.record(name, dsv3.head(h_XD, w))
+    return named
 
 
 def generate(directory, dtype, prompts, max_tokens, speculate):
-    """The drafts are seen by what verifies them; each row's random stream says which row it is."""
+    """The drafts are seen by what verifies them."""
     w, cfg = load(directory, dtype)
-    made = {f"{n}/{key}": [] for n in range(len(prompts)) for key in ("tokens", "drafts", "accepted")}
-    verify = dsv3.verify
-
-    def watched(p_W, q_W, draft, rng):
-        accepted, token = verify(p_W, q_W, draft, rng)
-        row = rng.bit_generator.seed_seq.entropy[1]
-        made[f"{row}/drafts"].append(draft)
-        made[f"{row}/accepted"].append(accepted)
-        return accepted, token
-
-    dsv3.verify = watched
+    made, verify = {}, dsv3.verify
     try:
-        for row, token in dsv3.generate(prompts, w, cfg, max_tokens, speculate=speculate):
-            made[f"{row}/tokens"].append(token)
+        for n, prompt in enumerate(prompts):
+            seen = []
+
+            def watched(p_W, q_W, draft, rng):
+                accepted, token = verify(p_W, q_W, draft, rng)
+                seen.append((draft, accepted))
+                return accepted, token
+
+            dsv3.verify = watched
+            made[f"{n}/tokens"] = list(dsv3.generate(prompt, w, cfg, max_tokens, speculate=speculate))
+            if speculate:
+                made[f"{n}/drafts"], made[f"{n}/accepted"] = zip(*seen, strict=True) if seen else ((), ())
     finally:
         dsv3.verify = verify
-    return {name: np.array(x, np.int64) for name, x in made.items() if speculate or name.endswith("tokens")}
+    return {name: np.array(x, np.int64) for name, x in made.items()}
 
 
 def losses(directory, dtype, prompts, mtp_weight, balance_weight):
+    """The mean over the rows."""
     w, cfg = load(directory, dtype)
-    total, parts = dsv3.training_objective(w, np.array(prompts), cfg, mtp_weight, balance_weight)
-    named = {"main": parts["main"], "balance": parts["balance"], "total": total}
-    named |= {f"mtp.{k}": loss for k, loss in enumerate(parts["mtp"], 1)}
-    return {name: np.asarray(x, dtype) for name, x in named.items()}
+    rows = []
+    for prompt in prompts:
+        total, parts = dsv3.training_objective(w, np.array(prompt), cfg, mtp_weight, balance_weight)
+        row = {"main": parts["main"], "balance": parts["balance"], "total": total}
+        rows.append(row | {f"mtp.{k}": loss for k, loss in enumerate(parts["mtp"], 1)})
+    return {name: np.asarray(sum(row[name] for row in rows) / len(rows), dtype) for name in rows[0]}
 
 
 def phases(directory, dtype, positions):
-    cfg, start_B = dsv3.read_config(directory), np.array(positions)
-    rotation_BTP = dsv3.positions(np.zeros((len(positions), 1), int), start_B, cfg, dtype).rotation_BTP
-    return {"cos": rotation_BTP.real[:, 0], "sin": rotation_BTP.imag[:, 0]}
+    cfg = dsv3.read_config(directory)
+    rotation_TP = np.concatenate([dsv3.rotations(p, 1, cfg, dtype) for p in positions])
+    return {"cos": rotation_TP.real, "sin": rotation_TP.imag}
 
 
 def update_bias(directory, dtype, gamma):
@@ -115,7 +124,7 @@ def main(directory):
     if request["do"] not in DO:
         print(f"this port has no {request['do']}", file=sys.stderr)
         return 3  # "I lack this": the case is skipped
-    dsv3.write_trace(str(directory / "answer.safetensors"), answer(directory, request))
+    dsv3.write_trace(directory / "answer.safetensors", answer(directory, request))
     return 0
 
 

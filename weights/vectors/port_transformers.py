@@ -43,15 +43,13 @@ def trace(directory, prompts, chunks, depth):
     def keep(name, out):
         if name.endswith(".gate"):
             scores, weights, indices = out
-            affinity = torch.sigmoid if hasattr(modules[name], "e_score_correction_bias") else torch.nn.Softmax(-1)
-            for part, x in (("scores", affinity(scores)), ("indices", indices), ("weights", weights)):
+            for part, x in (("scores", scores.sigmoid()), ("indices", indices), ("weights", weights)):
                 keep(f"{name}.{part}", x[None])
         elif torch.is_tensor(x := out[0] if isinstance(out, tuple) else out) and x.dim() == 3 and not x.is_complex():
             name = (f"{n}/" if len(prompts) > 1 else "") + name.replace("kv_a_layernorm", "kv_latent")
             arrays[name] = torch.cat([arrays[name], x[0]]) if name in arrays else x[0]
 
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         module.register_forward_hook(lambda module, inputs, out, name=name: keep(name, out))
     for n, prompt in enumerate(prompts):  # noqa: B007
         cache = transformers.DynamicCache(config=model.config)

@@ -99,12 +99,14 @@ def known_answer(name, what, *_):
     return wrong_answer(what, name, "float64")
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("what", mistakes.MISTAKES)
+SMALL = "eps", "half", "latent_eps", "phases", "tiny_affinities", "yarn_range"  # float32 must show these too
+PLANTED = [(what, "float64") for what in mistakes.MISTAKES]
+PLANTED += [(what, "float32") for what, it in mistakes.MISTAKES.items() if it.cases[0] in SMALL]
+
+
+@pytest.mark.parametrize("what, dtype", PLANTED)
 def test_mistake_is_caught_where_it_is(what, dtype):
     it = mistakes.MISTAKES[what]
-    if it.unseen == dtype:
-        pytest.skip(f"no case can show it in {dtype}")
     verdicts = [judge(name, wrong_answer(what, name, dtype)) for name in it.cases]
     assert not any(verdict.agrees for verdict in verdicts)
     assert verdicts[0].at.endswith(it.where), verdicts[0].text
@@ -271,7 +273,7 @@ def test_compare_says_which_rows_of_the_batch():
     assert verdict.at == "1/model.norm" and "rows 1 and 2 of the batch, every token" in verdict.text
 
 
-@pytest.mark.parametrize("name", ["v3_yarn", "v2", "v2_lite", "k2_like"])
+@pytest.mark.parametrize("name", ["v3_yarn", "k2_like"])
 def test_experts_are_forgiven_only_where_rounding_may_decide(name):
     """Token 3's last expert gives way to the best that was not chosen of the groups that were."""
     reference, directory, config = trace_of(name), files(name, "float64")[0], INDEX[name]["config"]
@@ -309,13 +311,13 @@ def test_compare_takes_the_tolerance_of_the_coarsest_dtype():
         assert compare.compare(reference | {"lm_head": x}, reference).agrees == agrees
 
 
-def test_compare_reads_npz_and_safetensors(tmp_path, capsys):
+def test_compare_is_a_program(tmp_path, capsys):
     from safetensors.numpy import save_file
 
+    right, wrong, broken = (str(tmp_path / f"{name}.safetensors") for name in ("right", "wrong", "broken"))
     reference = trace_of()
-    np.savez(tmp_path / "a.npz", **reference)
-    save_file(reference, tmp_path / "b.safetensors")
-    assert compare.main([str(tmp_path / "a.npz"), str(tmp_path / "b.safetensors")]) == 0
-    (tmp_path / "c.npz").write_bytes(b"PK\3\4 no")
-    assert compare.main([str(tmp_path / "c.npz"), str(tmp_path / "b.safetensors")]) == 2
+    save_file(reference, right)
+    save_file(reference | {"lm_head": reference["lm_head"] + 1}, wrong)
+    Path(broken).write_bytes(b"PK\3\4 no")
+    assert [compare.main([mine, right]) for mine in (right, wrong, broken)] == [0, 1, 2]
     assert len(capsys.readouterr().err.splitlines()) == 1
