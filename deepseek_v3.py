@@ -832,7 +832,7 @@ class Checkpoint:
     def __init__(self, directory, cfg, dtype=np.float32, memory=None):
         quantised = read_json(Path(directory, "config.json")).get("quantization_config")
         fp8 = isinstance(quantised, dict) and quantised.get("quant_method") == "fp8"
-        require(fp8 or quantised is None, f"quantization_config {quantised!r:.99}: only fp8 is known")
+        require(fp8 or quantised is None, f"{quantised!r:.99}: its quant_method is not fp8")
         self.loaded, self.stored = {}, read_shards(Path(directory))
         self.cfg = replace(cfg, num_nextn_predict_layers=mtp_depth(self.stored, cfg))
         self.shapes = tensor_shapes(self.cfg)
@@ -1093,7 +1093,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="DeepSeek-V3 on NumPy and CuPy.")
     parser.error = lambda message: require(False, f"{message}; --help lists the flags")
     flag, weights = parser.add_argument, Path(__file__).resolve().parent / "weights"
-    flag("-p", "--prompt", action="append", default=[], metavar="TEXT", help="- is stdin; repeatable")
+    flag("-p", "--prompt", action="append", default=[], metavar="TEXT", help="- is stdin; repeat")
     flag("--tokens", action="append", default=[], type=token_ids, metavar="IDS", help='"3 14 15"')
     flag("--weights", type=Path, default=weights, metavar="DIR", help="default: weights/ here")
     flag("-n", "--max-tokens", "--max-new-tokens", type=int, metavar="N", help="200; in a trace 0")

@@ -38,7 +38,7 @@ TURNS, LONG = 15, 3.0
 
 
 # ---- One side, in a process of its own ------------------------------------------------------------------------------
-# A loader turns a directory into generate(prompts, max_tokens, speculate), which yields tokens as they are made.
+# A loader turns a directory into generate(prompt, max_tokens, speculate), which yields tokens as they are made.
 
 
 def imported(path):
@@ -52,7 +52,10 @@ def load_page(path, directory):
     page = imported(path)
     cfg = page.read_config(directory)
     w = page.Checkpoint(directory, cfg)
-    return lambda prompts, n, speculate=False: page.generate(prompts, w, cfg, n, speculate=speculate)
+    of_one = hasattr(page, "cached_pass")  # older pages take several prompts
+    return lambda prompt, n, speculate=False: page.generate(
+        prompt if of_one else [prompt], w, cfg, n, speculate=speculate
+    )
 
 
 def load_transformers(directory):
@@ -64,19 +67,19 @@ def load_transformers(directory):
     torch.set_grad_enabled(False)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
-    def generate(prompts, n, speculate=False):
-        token_BT, cache = torch.tensor(prompts), None
+    def generate(prompt, n, speculate=False):
+        token_BT, cache = torch.tensor([prompt]), None
         for _ in range(n):
             out = model(token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token_BT, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-            yield from enumerate(token_BT[:, 0].tolist())
+            yield token_BT.item()
 
     return generate
 
 
-def random_prompts(batch, tokens):
+def random_prompt(tokens):
     rng = random.Random(0)
-    return [[rng.randrange(MID["vocab_size"]) for _ in range(tokens)] for _ in range(batch)]
+    return [rng.randrange(MID["vocab_size"]) for _ in range(tokens)]
 
 
 def seconds(step, times=1):
@@ -92,22 +95,22 @@ class Jobs:
     def __init__(self, load, mid):
         self.load, self.mid, self.begun = functools.cache(load), Path(mid), {}
 
-    def prompt(self, tokens, batch=1):
+    def prompt(self, tokens):
         """From a prompt to its first token."""
-        made = self.begun[tokens, batch] = self.load(self.mid)(random_prompts(batch, tokens), 256)
-        return seconds(lambda: next(made), batch)
+        made = self.begun[tokens] = self.load(self.mid)(random_prompt(tokens), 256)
+        return seconds(lambda: next(made))
 
-    def decode(self, context, batch, steps):
+    def decode(self, context, steps):
         """More tokens, behind a prompt that may have been taken in before."""
-        if (context, batch) not in self.begun:
-            self.prompt(context, batch)
-        return seconds(lambda: next(self.begun[context, batch]), batch * steps)
+        if context not in self.begun:
+            self.prompt(context)
+        return seconds(lambda: next(self.begun[context]), steps)
 
     def tell(self, tokens, speculate=False):
         """Stories by the shipped weights, each without its first token."""
         took, generate = 0, self.load(ROOT / "weights")
         for beginning in STORIES:
-            story = generate([beginning], 1 + tokens, speculate)
+            story = generate(beginning, 1 + tokens, speculate)
             next(story)
             took += seconds(lambda: next(story), tokens)
         return took
@@ -165,13 +168,12 @@ def rows(far):
     return {
         "prompt-512": [Line("prompt of 512", "tok/s", 512, ("prompt", 512), "-p 512 -n 0")],
         "prompt-4096": [Line(f"prompt of {far:,}", "tok/s", far, ("prompt", far), f"-p {far} -n 0")],
-        "decode-128": [Line("decoding at 128", "tok/s", 8, ("decode", 128, 1, 8), "-p 0 -n 8 -d 128")],
-        "decode-4096": [Line(f"decoding at {far:,}", "tok/s", 8, ("decode", far, 1, 8), f"-p 0 -n 8 -d {far}")],
-        "batch": [Line("batch of 8, decoding at 128", "tok/s", 64, ("decode", 128, 8, 8), None)],
+        "decode-128": [Line("decoding at 128", "tok/s", 8, ("decode", 128, 8), "-p 0 -n 8 -d 128")],
+        "decode-4096": [Line(f"decoding at {far:,}", "tok/s", 8, ("decode", far, 8), f"-p 0 -n 8 -d {far}")],
         "shipped": [Line("shipped model, decoding", "tok/s", 180, ("tell", 60), "-p 0 -n 180 -d 5"),
                     Line("  with speculation", "tok/s", 180, ("speculate", 60), None)],
         "load": [Line("load to first token", "s", 1, ("prompt", 4), "-p 4 -n 0")],
-        "memory": [Line(f"peak memory, {far:,} tokens", "GB", 1, ("decode", far, 1, 1), f"-p 0 -n 1 -d {far}")],
+        "memory": [Line(f"peak memory, {far:,} tokens", "GB", 1, ("decode", far, 1), f"-p 0 -n 1 -d {far}")],
     }  # fmt: skip
 
 
