@@ -3,9 +3,11 @@
     pip install jax optax tokenizers safetensors ml_dtypes tqdm
     python weights/train.py --text TinyStoriesV2-GPT4-train.txt --out my-weights
 
-`xp` becomes jax.numpy, and `jax.grad` of `training_objective` is the training step: there is no second copy of the
-model. What is slow under JAX is replaced by an equal form, in section 1; test_train.py shows them equal. The recipe is
-that of section 4.2 of the paper, with Muon for the matrices; README.md has it beside the paper's.
+`xp` becomes jax.numpy, and the training step is `jax.grad` of `training_objective`, by `jax.vmap`
+of all sequences of a batch: part I of the page, with equal forms of three of its functions, in
+section 1: moe_all and softmax for speed, top_k since JAX's sort takes other words. test_train.py
+shows them equal. The recipe is that of section 4.2 of the paper, with Muon for the matrices;
+README.md has it beside the paper's.
 
 A run that was stopped goes on from its last checkpoint when the same command is given again, and on a CPU ends as if it
 had never been stopped: each step's batch depends on the seed and the step alone. Until the decay begins, --steps may be
@@ -103,7 +105,7 @@ def grouped_experts(x_TD, w, name, index_TK, gate_TK, cfg):
 
 def use_jax():
     """Put jax.numpy and the equal forms into the page."""
-    dsv3.xp = jnp
+    dsv3.xp, dsv3.softmax = jnp, jax.nn.softmax
     dsv3.top_k = lambda score, k: jax.lax.top_k(score, k)[1]
 
 
@@ -158,7 +160,8 @@ def objective(params, biases, token_BX, mtp_weight):
     """Loss and parts of a batch: the means over its sequences, and the sums of their loads."""
 
     def objective_of(token_X):
-        return dsv3.training_objective(params | biases, token_X, MODEL, mtp_weight, ALPHA, grouped_experts)
+        w = params | biases
+        return dsv3.training_objective(w, token_X, MODEL, mtp_weight, ALPHA, grouped_experts)
 
     loss_B, parts = jax.vmap(objective_of)(token_BX)
     load = {name: jnp.sum(load_BE, axis=0) for name, load_BE in parts.pop("load").items()}
@@ -298,10 +301,15 @@ def save_state(file, state, entries):
 
 
 def print_acceptance(out, stories):
-    """The program's own line of statistics: drafts and acceptances in greedy continuations of first sentences."""
+    """By the program's own statistics: drafts and acceptances in greedy continuations of first
+    sentences."""
     prompts = [f"--prompt={story[: story.find('.') + 1]}" for story in stories]
     command = [sys.executable, ROOT / "deepseek_v3.py", "--weights", out, "-n", "150", "--mtp", "--device", "cpu"]
-    subprocess.run([*command, *prompts], stdout=subprocess.DEVNULL, check=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    said = subprocess.run([*command, *prompts], **quiet, check=True).stderr
+    pairs = re.findall(r"drafted (\d+), accepted (\d+)", said)
+    drafted, accepted = np.array(pairs, int).sum(axis=0)
+    print(f"drafted {drafted}, accepted {accepted}")
 
 
 def main(argv=None):
