@@ -13,8 +13,8 @@ shows it in float64. Part III (sections 9-11) is the program.
     generation  generate_greedy                generate, MTP drafts        the rule of `verify`
 
 The model takes its two expensive parts as arguments, by default the definitions: `attend` is
-mla_naive, `experts` is moe_all. With these it also runs under jax.numpy, in jit and grad (except
-that `top_k` asks for a stable sort in NumPy's words); weights/train.py trains by it.
+mla_naive, `experts` is moe_all. With these it also runs under jax.numpy, in jit and grad, if
+`top_k` is replaced (its kind="stable" is NumPy's); weights/train.py trains by it.
 
 Equation numbers are the technical report's (arXiv:2412.19437v2), tensor names the checkpoint's,
 configuration keys config.json's. "HF" is Hugging Face transformers 5.23.0, "official" the code in
@@ -105,13 +105,13 @@ def recording():
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's longer context (section 4.3), `rope_scaling` in config.json."""
+    """YaRN's longer context (report 4.3), `rope_scaling` in config.json."""
 
     factor: float = 40.0  # s
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0  # beta
     beta_slow: float = 1.0  # alpha
-    mscale: float = 1.0  # and mscale_all_dim, which must be equal
+    mscale: float = 1.0  # = mscale_all_dim; else YaRN would scale cos and sin too
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def rope_frequencies(cfg):
 
 
 def softmax_scale(cfg):
-    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m^2, which eq. (10) leaves out; section 4.3
+    """1 / sqrt(d_h + d_h^R) of eq. (10), times YaRN's m^2, which eq. (10) leaves out; report 4.3
     has m = 0.1 ln(s) + 1, mscale 1: in DeepSeek-V3 m^2 is 1.8739."""
     yarn = cfg.rope_scaling
     m = 0.1 * yarn.mscale * math.log(yarn.factor) + 1 if yarn else 1
@@ -228,7 +228,7 @@ def rope(x, rotation):
     neighbours, (2j, 2j+1), in the released weights. HF reorders queries and keys to halves first,
     which leaves every score as it is but caches a permuted key."""
     z = (wide(x[..., 0::2]) + 1j * wide(x[..., 1::2])) * rotation
-    return xp.stack([z.real, z.imag], axis=-1).reshape(x.shape).astype(x.dtype, copy=False)
+    return z.view(z.real.dtype).astype(x.dtype, copy=False)  # a and b of a pair side by side
 
 
 # ---- 4. Multi-head latent attention (section 2.1.1) ----------------------------------------------
@@ -257,7 +257,7 @@ def mla_query(x_TD, w, name, cfg, rotation_TP):
         q_TY = linear(x_TD, w, f"{name}.q_proj")
     else:
         c_TQ = linear(x_TD, w, f"{name}.q_a_proj")  # eq. (6)
-        c_TQ = rms_norm(c_TQ, w, f"{name}.q_a_layernorm", LATENT_EPS)  # section 4.2
+        c_TQ = rms_norm(c_TQ, w, f"{name}.q_a_layernorm", LATENT_EPS)  # report 4.2
         q_TY = linear(c_TQ, w, f"{name}.q_b_proj")
     q_THX = q_TY.reshape(len(x_TD), cfg.num_attention_heads, -1)  # each head [nope ; rope]
     q_nope_THN = q_THX[..., : cfg.qk_nope_head_dim]  # eq. (7)
@@ -270,7 +270,7 @@ def mla_latent(x_TD, w, name, cfg, rotation_TP):
     """All that later tokens need of a token -> kv_TL = [c_KV ; k_R]. k_R is not normed."""
     kv_TL = linear(x_TD, w, f"{name}.kv_a_proj_with_mqa")
     c_TC = kv_TL[:, : cfg.kv_lora_rank]  # eq. (1)
-    c_TC = rms_norm(c_TC, w, f"{name}.kv_a_layernorm", LATENT_EPS)  # section 4.2
+    c_TC = rms_norm(c_TC, w, f"{name}.kv_a_layernorm", LATENT_EPS)  # report 4.2
     k_rope_TR = rope(kv_TL[:, cfg.kv_lora_rank :], rotation_TP)  # eq. (3)
     record(f"{name}.kv_latent", c_TC)
     record(f"{name}.k_rope", k_rope_TR)
@@ -356,7 +356,7 @@ def update_bias(bias_E, load_E, gamma):
 
 def balance_loss(score_TE, cfg):
     """The balance loss of one sequence, without alpha. As printed, f counts the plain top K_r
-    affinities, without bias or groups; it has no gradient."""
+    affinities, without bias or groups; f has no gradient."""
     K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
     chosen_TE = xp.sum(one_hot(top_k(score_TE, K), E), axis=-2)
     f_E = xp.mean(chosen_TE, axis=0) * (E / K)  # eq. (18)
@@ -431,7 +431,7 @@ def mtp(k, h_TD, token_T, w, cfg, start=0, attend=mla_naive, experts=moe_all):
     """Eqs. (21), (22): from the pairs (h_i^{k-1}, t_{i+k}), i from `start` on, the states h_i^k
     (T, D); k counts from 1, token_T holds the t_{i+k}, `head` makes eq. (23) of the states. Module
     k is layer num_hidden_layers + k - 1 of the checkpoint, a block of its own; embedding and head
-    are the main model's. Where the paper leaves a choice, or the released weights differ from it:
+    are the main model's (copies are ignored). Where the paper leaves a choice, or the released weights differ from it:
     - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
     - h^0 is the state after `model.norm`: so in HF, vLLM and SGLang; torchtitan takes it before
       (DeepSeek-V3 #839 was never answered). Likewise module k + 1 takes h^k after
@@ -480,14 +480,14 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
     balance = sum(balance_loss(named[f"{gate}.scores"], cfg) for gate in gates)
     chosen = {gate: one_hot(named[f"{gate}.indices"], cfg.n_routed_experts) for gate in gates}
     load = {gate: xp.sum(chosen_TKE, axis=(0, 1)) for gate, chosen_TKE in chosen.items()}
-    total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance  # eq. (25)
+    total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance
     return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
 
 
 # ==== Part II. The model, as computed =============================================================
 
 # ---- 8. Latent cache, absorption, attention in pieces, chosen experts, the cached pass -----------
-# A port needs `Cache`, `mla_absorbed` (with `attention`) and `moe_chosen`.
+# A port needs `Cache`, `mla_absorbed` (in it `attention` will do), `moe_chosen`, `cached_pass`.
 
 MAX_EXPANDED = 2**29  # elements of expanded keys and values
 MAX_SCORES = 2**18  # scores held at a time, as many as fit a core's cache; on a GPU 256 times more
@@ -508,6 +508,7 @@ class Cache:
         if name not in self.layers:
             self.layers[name] = xp.empty((self.capacity, kv_TL.shape[1]), kv_TL.dtype)
         end = self.length + len(kv_TL)
+        assert end <= self.capacity  # NumPy would drop a single token beyond it without a word
         self.layers[name][self.length : end] = kv_TL
         return self.layers[name][:end]
 
@@ -547,7 +548,7 @@ def mla_cached(cache, q_nope_THN, q_rope_THR, kv_TL, w, name, cfg):
 
 def attention_in_pieces(q_THX, k_SJX, v_SJY, scale):
     """= attention, a few heads and queries at a time, so that only few scores are held. Queries
-    of one key head meet it in one product; the sum of the softmax divides last, which is linear."""
+    of one key head meet it in one product; the softmax's division comes after that with v."""
     (T, H, X), (S, J, Y) = q_THX.shape, v_SJY.shape
     shared = H // J  # query heads of each key head
     q = (wide(q_THX) * scale).reshape(T, J, shared, X).swapaxes(0, 1)
@@ -557,11 +558,11 @@ def attention_in_pieces(q_THX, k_SJX, v_SJY, scale):
     for tokens in slices(T, max(1, MIN_QUERIES // shared, limit // (H * S))):
         n = tokens.stop - tokens.start
         seen = S - T + tokens.stop  # no query of these looks further
-        visible = xp.arange(seen) <= xp.arange(seen - n, seen)[:, None, None]
         for heads in slices(J, max(1, limit // (n * shared * S))):
             part = q[heads, tokens].reshape(-1, n * shared, X)
             score = part @ k[heads, :seen].swapaxes(1, 2)
             if n > 1:  # one query alone sees all
+                visible = xp.arange(seen) <= xp.arange(seen - n, seen)[:, None, None]
                 score = score.reshape(-1, n, shared, seen)
                 score = xp.where(visible, score, -xp.inf).reshape(-1, n * shared, seen)
             score -= xp.max(score, axis=-1, keepdims=True)
@@ -594,8 +595,8 @@ def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
 
 
 def cached_pass(step, arrays, w, cfg, cache, chunk):
-    """= step(*arrays, w, cfg), step being `forward` or one module's `mtp`: the arrays (T, ...) go
-    on from what the cache holds, and enter it `chunk` positions at a time."""
+    """= the last T states of step, `forward` or one module's `mtp`, on the whole sequence: arrays
+    (T, ...) go on from what the cache holds; their latents enter it, `chunk` tokens at a time."""
     parts, attend = [], functools.partial(mla_cached, cache)
     for rows in slices(len(arrays[0]), chunk):
         part = [x[rows] for x in arrays]
@@ -766,7 +767,10 @@ class Stored:
         if self.kind == "BF16":
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
         if self.kind == "F8_E4M3":
-            part = dequantize(part, self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)])
+            scale = self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)]
+            sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times more: the largest float32
+            require(sound, f"{name}: a weight_scale_inv is not a number from 0 to 6e35")
+            part = dequantize(part, scale)
         return part.astype(self.dtype, copy=False)
 
     def __rmatmul__(self, x):
