@@ -415,8 +415,8 @@ def generate_greedy(prompt, w, cfg, max_tokens):
 
 
 # ---- 7. Multi-token prediction (section 2.2) -----------------------------------------------------
-# Module k predicts the token k+1 ahead. It joins the state of module k-1 with the embedding of the
-# token k ahead: so each prediction keeps the causal chain of those before.
+# Module k predicts the token k+1 ahead, from the state of module k-1 and the embedding of the token
+# k ahead: so the causal chain is kept.
 
 
 def mtp_depth(w, cfg):
@@ -429,9 +429,9 @@ def mtp_depth(w, cfg):
 
 def mtp(k, h_TD, token_T, w, cfg, start=0, attend=mla_naive, experts=moe_all):
     """Eqs. (21), (22): from the pairs (h_i^{k-1}, t_{i+k}), i from `start` on, the states h_i^k
-    (T, D); k counts from 1, token_T holds the t_{i+k}, `head` makes eq. (23) of the states. Module
-    k is layer num_hidden_layers + k - 1 of the checkpoint, a block of its own; embedding and head
-    are the main model's (copies are ignored). Where the paper leaves a choice, or the released weights differ from it:
+    (T, D); token_T holds the t_{i+k}, `head` is eq. (23). Module k, from 1, is layer
+    num_hidden_layers + k - 1 of the checkpoint, a block of its own; embedding and head are the main
+    model's (copies are ignored). What the paper leaves open, or the released weights do otherwise:
     - the joined vector is [embedding ; state]; eq. (21) prints the reverse, the weights need this;
     - h^0 is the state after `model.norm`: so in HF, vLLM and SGLang; torchtitan takes it before
       (DeepSeek-V3 #839 was never answered). Likewise module k + 1 takes h^k after
@@ -595,8 +595,8 @@ def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
 
 
 def cached_pass(step, arrays, w, cfg, cache, chunk):
-    """= the last T states of step, `forward` or one module's `mtp`, on the whole sequence: arrays
-    (T, ...) go on from what the cache holds; their latents enter it, `chunk` tokens at a time."""
+    """= the last T states of step (`forward`, or one module's `mtp`) on the whole sequence: the
+    arrays (T, ...) go on from what the cache holds, `chunk` positions at a time."""
     parts, attend = [], functools.partial(mla_cached, cache)
     for rows in slices(len(arrays[0]), chunk):
         part = [x[rows] for x in arrays]
@@ -768,8 +768,8 @@ class Stored:
             part = (part.astype(xp.uint32) << 16).view(xp.float32)
         if self.kind == "F8_E4M3":
             scale = self.scale[rows.start // BLOCK : -(-rows.stop // BLOCK)]
-            sound = ((scale >= 0) & (scale < 6e35)).all()  # 448 times more: the largest float32
-            require(sound, f"{name}: a weight_scale_inv is not a number from 0 to 6e35")
+            sound = ((scale >= 0) & (scale < 6e35)).all()  # times 448: the largest float32
+            require(sound, f"{name}: a weight_scale_inv is not from 0 to 6e35")
             part = dequantize(part, scale)
         return part.astype(self.dtype, copy=False)
 
@@ -956,8 +956,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
 
     With t_n the last token, the main model sees [t_n, draft of t_{n+1}] in one pass. If `verify`
     accepts the draft, it and the token after it are known; if not, the token in its place, and the
-    cache forgets the draft. Now each verified state h_i has its next token: module 1 sees these
-    pairs, at positions i, and drafts again."""
+    cache forgets the draft. Module 1 sees each verified h_i with its next token, and drafts."""
     check_prompt(prompt, cfg, max_tokens)
     sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     rng, end = np.random.default_rng(sampling.seed), len(prompt) + max_tokens
@@ -986,7 +985,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
         cache.length = len(tokens) - 1  # forgets a rejected draft
         if speculate and mtp_depth(w, cfg):
             pair_Y = np.array(tokens[start + 1 :])  # the tokens t_{i+1} of the states h_i
-            step, inputs = functools.partial(mtp, 1), [h_TD[: len(pair_Y)], pair_Y]
+            inputs, step = [h_TD[: len(pair_Y)], pair_Y], functools.partial(mtp, 1)
             g_YD = cached_pass(step, inputs, w, cfg, mtp_cache, chunk)
             q_W = distribution(to_host(head(g_YD[-1:], w))[0], sampling)
             draft = [draw(q_W, rng)]
@@ -1060,8 +1059,7 @@ def inspect(cfg):
     print(f"parameters of the main model  {total:>19,}")
     print(f"  activated per token         {active:>19,}  embedding and head included")
     print(f"parameters of MTP modules     {modules:>19,}  beside the shared embedding and head")
-    held = f"{latent * layers:>19,}  {2 * latent * layers:,} bytes in BF16"
-    print(f"cache elements per token      {held}")
+    print(f"cache elements per token      {latent * layers:>19,}  of two bytes in BF16")
     for label, heads in (("MHA", H), ("GQA, 8 key heads", min(8, H)), ("MQA", 1)):
         times = f"{heads * pair / latent:.1f} times as many"
         print(f"  with {label:<22} {heads * pair * layers:>19,}  {times}")
@@ -1141,8 +1139,8 @@ def respond(tokenizer, prompt, options):
                 shown += part or ""
                 print(part or "", end="", flush=True)
     finally:
-        rest = tokenizer.decode(made)[len(shown) :] if tokenizer else " ".join(map(str, made))
-        print(rest, flush=True)
+        text = tokenizer.decode(made) if tokenizer else " ".join(map(str, made))
+        print(text[len(shown) :], flush=True)
         end, later = time.perf_counter(), max(0, stats["new"] - 1)
         first, peak = first or end, system_bytes("/proc/self/status", "VmHWM")
         if xp is not np:
