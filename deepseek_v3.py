@@ -170,7 +170,6 @@ def sigmoid(x):
 
 
 def silu(x):
-    """x sigmoid(x), wide, returned in x's dtype."""
     return (wide(x) * sigmoid(wide(x))).astype(x.dtype, copy=False)
 
 
@@ -300,7 +299,7 @@ def mla(x_TD, w, name, cfg, rotation_TP, attend=mla_naive):
 
 
 # ---- 5. DeepSeekMoE (section 2.1.2) --------------------------------------------------------------
-# Each token chooses a few experts out of many; a bias that no gradient touches keeps the load even.
+# Each token chooses a few experts of many; a bias that no gradient touches keeps the load even.
 
 
 def route(x_TD, w, name, cfg):
@@ -642,7 +641,6 @@ def read_json(path):
 
 
 def read_config(path):
-    """The Config of a config.json, or of a directory that holds one."""
     return parse_config(read_json(Path(path) / "config.json" if Path(path).is_dir() else path))
 
 
@@ -974,7 +972,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
             new = [draw(p_XW[0], rng)]
         stats.update(drafted=len(draft), accepted=len(new) - 1)
         held = [*cache.layers.values(), *mtp_cache.layers.values()]
-        stats["cache_bytes"] = sum(kv_XL.nbytes for kv_XL in held)
+        stats["cache_bytes"] = sum(x.nbytes for x in held)
         for token in new[: end - len(tokens)]:
             tokens.append(token)
             yield token
@@ -985,7 +983,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
         cache.length = len(tokens) - 1  # forgets a rejected draft
         if speculate and mtp_depth(w, cfg):
             pair_Y = np.array(tokens[start + 1 :])  # the tokens t_{i+1} of the states h_i
-            inputs, step = [h_TD[: len(pair_Y)], pair_Y], functools.partial(mtp, 1)
+            step, inputs = functools.partial(mtp, 1), [h_TD[: len(pair_Y)], pair_Y]
             g_YD = cached_pass(step, inputs, w, cfg, mtp_cache, chunk)
             q_W = distribution(to_host(head(g_YD[-1:], w))[0], sampling)
             draft = [draw(q_W, rng)]

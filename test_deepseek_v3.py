@@ -259,6 +259,14 @@ def test_cache_in_float32(absorbs, cfg, seed, chunk):
     assert_close(got, dsv3.trace(prompt, w, cfg, None)["model.norm"], 1e-4)
 
 
+@pytest.mark.parametrize("tokens", [[1], [1, 2]])
+def test_cache_never_overflows_in_silence(tokens):
+    cache, w = dsv3.Cache(2), make_weights(SMALL)
+    dsv3.cached_pass(dsv3.forward, [np.array([3, 4])], w, SMALL, cache, 2)
+    with pytest.raises(AssertionError):
+        dsv3.cached_pass(dsv3.forward, [np.array(tokens)], w, SMALL, cache, 2)
+
+
 def test_cache_holds_a_latent_and_a_rotated_key_per_token():
     cache, token_T = dsv3.Cache(9), np.array([1, 2, 3, 4])
     with dsv3.recording() as named:
