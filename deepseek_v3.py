@@ -4,13 +4,13 @@
 
 Part I (sections 1-7) is the model as the paper defines it, for one sequence: nothing cached,
 nothing skipped. Part II (section 8) computes the same; each piece says why it is equal, and a test
-shows it in float64. Part III (sections 9-11) is the program.
+shows it in float64 (in float16 they round differently). Part III (sections 9-11) is the program.
 
     component   definition                     computation                 equal because
     attention   mla_naive: keys of each head   mla_absorbed: one for all   q . (W c) = (W^T q) . c
     context     forward, the whole sequence    cached_pass, in chunks      attention is causal
     experts     moe_all: the sum over all      moe_chosen: the chosen      the other gates are 0
-    generation  generate_greedy                generate, MTP drafts        the rule of `verify`
+    generation  generate_greedy                generate, MTP drafts        `verify` keeps p as it is
 
 The model takes its two expensive parts as arguments, by default the definitions: `attend` is
 mla_naive, `experts` is moe_all. With these it also runs under jax.numpy, in jit and grad, if
@@ -23,7 +23,7 @@ of it (the paper's h_t, u_t); h is a state after all layers (h^0, h^k). Capital 
 of a name are the axes of an array: q_THX has the shape (T, H, X). A test checks them.
 
     T  tokens of this call             H  num_attention_heads     E  n_routed_experts
-    S  positions seen, T of them last  N  qk_nope_head_dim        K  num_experts_per_tok
+    S  tokens so far, these T the last N  qk_nope_head_dim        K  num_experts_per_tok
     D  hidden_size                     R  qk_rope_head_dim        G  n_group
     Q  q_lora_rank (the paper's d_c')  P  R / 2, pairs            W  vocab_size
     C  kv_lora_rank (d_c)              V  v_head_dim              J  key heads
@@ -116,7 +116,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Config:
-    """One model; the fields are keys of config.json. Section 9 says which values are accepted."""
+    """The fields are keys of config.json. Section 9 says which values are accepted."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168  # d
@@ -128,13 +128,13 @@ class Config:
     qk_rope_head_dim: int = 64  # d_h^R
     v_head_dim: int = 128  # d_h
     intermediate_size: int = 18432  # of the dense layers
-    first_k_dense_replace: int = 3  # layers before this one have no experts
+    first_k_dense_replace: int = 3  # layers before it have no experts
     moe_intermediate_size: int = 2048  # of one expert
     n_shared_experts: int = 1  # N_s
     n_routed_experts: int = 256  # N_r
     num_experts_per_tok: int = 8  # K_r
     n_group: int = 8  # groups of experts, one on each node
-    topk_group: int = 4  # groups a token may use; the paper's M
+    topk_group: int = 4  # M, groups a token may use
     routed_scaling_factor: float = 2.5  # not in eq. (13)
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -289,7 +289,8 @@ def mla_naive(q_nope_THN, q_rope_THR, kv_SL, w, name, cfg, attention=attention):
 
 
 def mla(x_TD, w, name, cfg, rotation_TP, attend=mla_naive):
-    """Multi-head latent attention, eqs. (1)-(11) -> (T, D)."""
+    """Multi-head latent attention, eqs. (1)-(11) -> (T, D). `attend` gets the latents of these
+    T tokens; one with a cache adds those before them."""
     q_nope_THN, q_rope_THR = mla_query(x_TD, w, name, cfg, rotation_TP)
     kv_TL = mla_latent(x_TD, w, name, cfg, rotation_TP)
     o_THV = attend(q_nope_THN, q_rope_THR, kv_TL, w, name, cfg)
@@ -307,7 +308,7 @@ def route(x_TD, w, name, cfg):
     The bias enters the choice alone: the gates come from the affinities without it."""
     score_TE = sigmoid(linear(wide(x_TD), w, f"{name}.gate"))  # eq. (15), affinities
     biased_TE = score_TE + w[f"{name}.gate.e_score_correction_bias"]
-    index_TK = top_k(keep_best_groups(biased_TE, cfg), cfg.num_experts_per_tok)  # eqs. (14), (16)
+    index_TK = top_k(keep_best_groups(biased_TE, cfg), cfg.num_experts_per_tok)  # eq. (16)
     gate_TK = xp.take_along_axis(score_TE, index_TK, axis=-1)
     gate_TK = gate_TK / (xp.sum(gate_TK, axis=-1, keepdims=True) + 1e-20)  # eq. (13); guard of HF
     gate_TK = gate_TK * cfg.routed_scaling_factor
@@ -318,7 +319,7 @@ def route(x_TD, w, name, cfg):
 
 
 def keep_best_groups(biased_TE, cfg):
-    """Score a group by the sum of its two highest biased affinities (two are the paper's K_r / M);
+    """Score a group by the sum of its two highest biased affinities (two: the paper's K_r / M);
     mask the experts of all but the topk_group best with -inf. A mask of 0, as in older code, wins
     where biased affinities are negative (DeepSeek-V3 #741)."""
     biased_TGX = biased_TE.reshape(len(biased_TE), cfg.n_group, -1)
@@ -387,8 +388,8 @@ def block(x_TD, w, layer, cfg, rotation_TP, attend=mla_naive, experts=moe_all):
 
 def forward(token_T, w, cfg, start=0, attend=mla_naive, experts=moe_all):
     """Token ids to the main model's states h^0 (T, D), after `model.norm`. w: tensor names to
-    arrays of `xp`, whose dtype is that of the computation. start: the position of the first token;
-    the definition is given whole sequences, from 0 on."""
+    arrays of `xp`, whose dtype is the computation's (a router's float32 or better). start: the
+    position of the first token; the definition is given whole sequences, from 0 on."""
     x_TD = w["model.embed_tokens.weight"][token_T]
     record("model.embed_tokens", x_TD)
     rotation_TP = rotations(start, len(token_T), cfg, x_TD.dtype)
@@ -465,7 +466,7 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
     modules' too (this file's reading). The weights are the paper's lambda at first, and its alpha.
 
     -> the loss, and its parts without lambda and alpha: {"main", "mtp": [L^1, L^2, ...], "balance",
-    "load": {name of the gate: load_E}}. The biases only choose, so their gradient is 0."""
+    "load": {name of the router: load_E}}. The biases only choose, so their gradient is 0."""
     token_X = xp.asarray(token_X)
     T, depth, losses = len(token_X) - 1, mtp_depth(w, cfg), []
     with recording() as named:
@@ -475,11 +476,12 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
             h_TD = mtp(k, h_TD[: T - k], token_X[k:T], w, cfg, experts=experts)
             loss_T = cross_entropy(head(h_TD, w), token_X[k + 1 :])
             losses.append(xp.sum(loss_T) / T)  # eq. (24): T - k terms, as printed divided by T
-    gates = [name.removesuffix(".scores") for name in named if name.endswith(".gate.scores")]
-    balance = sum(balance_loss(named[f"{gate}.scores"], cfg) for gate in gates)
-    chosen = {gate: one_hot(named[f"{gate}.indices"], cfg.n_routed_experts) for gate in gates}
-    load = {gate: xp.sum(chosen_TKE, axis=(0, 1)) for gate, chosen_TKE in chosen.items()}
-    total = main + mtp_weight * sum(losses) / max(depth, 1) + balance_weight * balance
+    routers = [name.removesuffix(".scores") for name in named if name.endswith(".gate.scores")]
+    balance = sum(balance_loss(named[f"{name}.scores"], cfg) for name in routers)
+    chosen = {name: one_hot(named[f"{name}.indices"], cfg.n_routed_experts) for name in routers}
+    load = {name: xp.sum(chosen_TKE, axis=(0, 1)) for name, chosen_TKE in chosen.items()}
+    mtp_loss = sum(losses) / max(depth, 1)  # eq. (25), without lambda
+    total = main + mtp_weight * mtp_loss + balance_weight * balance
     return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
 
 
@@ -488,16 +490,16 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
 # ---- 8. Latent cache, absorption, attention in pieces, chosen experts, the cached pass -----------
 # A port needs `Cache`, `mla_absorbed` (in it `attention` will do), `moe_chosen`, `cached_pass`.
 
-MAX_EXPANDED = 2**29  # elements of expanded keys and values
-MAX_SCORES = 2**18  # scores held at a time, as many as fit a core's cache; on a GPU 256 times more
+MAX_EXPANDED = 2**29  # elements of expanded keys and values, without copies
+MAX_SCORES = 2**18  # scores held at a time, as fit a core's cache; on a GPU 256 times more
 MIN_QUERIES = 256  # of one key head in a product (tokens times heads), even beyond MAX_SCORES
 
 
 class Cache:
     """The latent cache of the main model or of one MTP module: for each layer an array (capacity,
-    L), with an entry [c_KV ; k_R] for each position and nothing else. `length` positions are held;
-    to lower it is to forget the last ones, such as a rejected draft. Equal because attention is
-    causal: no later token changes an entry. Entry i of MTP module k is of (h_i^{k-1}, t_{i+k})."""
+    L), an entry [c_KV ; k_R] for each position. `length` positions are held; to lower it is to
+    forget the last ones, such as a rejected draft. Equal because attention is causal: no later
+    token changes an entry. Entry i of MTP module k is of (h_i^{k-1}, t_{i+k})."""
 
     def __init__(self, capacity):
         self.capacity, self.length, self.layers = capacity, 0, {}
@@ -524,7 +526,7 @@ def mla_absorbed(q_nope_THN, q_rope_THR, kv_SL, w, name, cfg):
     q_HTC = q_nope_THN.swapaxes(0, 1) @ w_uk_HNC  # W_UK^T q, head by head
     q_THL = xp.concatenate([q_HTC.swapaxes(0, 1), q_rope_THR], axis=-1)
     k_SJL = kv_SL[:, None]  # J = 1
-    o_THL = attention_in_pieces(q_THL, k_SJL, k_SJL, softmax_scale(cfg))
+    o_THL = attention_in_pieces(q_THL, k_SJL, k_SJL, softmax_scale(cfg))  # of N + R, not L
     o_HTC = o_THL[..., : cfg.kv_lora_rank].swapaxes(0, 1)  # what k_R as a value gives is left out
     return (o_HTC @ w_uv_HVC.swapaxes(1, 2)).swapaxes(0, 1)  # W_UV o
 
@@ -582,12 +584,10 @@ def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
     order_X = np.argsort(index_X, kind="stable")  # the choices by expert
     chosen, counts = np.unique(index_X, return_counts=True)
     rows = [slice(end - n, end) for end, n in zip(np.cumsum(counts), counts, strict=True)]
-
     def linear_chosen(x_XY, w, name):
         """`linear` of each choice by the matrix of its expert."""
         names = [name.replace("experts", f"experts.{e}") for e in chosen]
         return xp.concatenate([linear(x_XY[r], w, n) for r, n in zip(rows, names, strict=True)])
-
     y_XD = swiglu(x_TD[xp.asarray(order_X // K)], w, f"{name}.experts", linear_chosen)
     y_TKD = y_XD[xp.asarray(np.argsort(order_X))].reshape(len(x_TD), K, -1)
     return (gate_TK[:, None].astype(x_TD.dtype, copy=False) @ y_TKD)[:, 0]
@@ -624,9 +624,9 @@ SUPPORTED = {  # an absent key means the first
     "moe_layer_freq": [1], "attention_bias": [False], "tie_word_embeddings": [False],
     "partial_rotary_factor": [1], "rope_interleave": [True],
     "rope_type": ["default", "yarn"], "attention_factor": [None], "truncate": [True],
-}  # fmt: skip
+}
 OPTIONAL = ["num_nextn_predict_layers", "routed_scaling_factor", "rms_norm_eps", "rope_theta",
-            "max_position_embeddings"]  # absent, they are as in DeepSeek-V3; fmt: skip
+            "max_position_embeddings"]  # absent, they are as in DeepSeek-V3
 MAY_BE_ZERO = ["first_k_dense_replace", "num_nextn_predict_layers"]
 
 
@@ -698,11 +698,9 @@ def tensor_shapes(cfg):
     the embedding and head, which are shared."""
     D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
     N, V, Q, W = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.q_lora_rank, cfg.vocab_size
-
     def mlp(name, width):
         parts = {"gate_proj": (width, D), "up_proj": (width, D), "down_proj": (D, width)}
         return {f"{name}.{part}": shape for part, shape in parts.items()}
-
     attention = {"q_proj": (H * (N + R), D)}
     if Q is not None:
         attention = {"q_a_proj": (Q, D), "q_a_layernorm": (Q,), "q_b_proj": (H * (N + R), Q)}
@@ -905,7 +903,7 @@ class Sampling:
 
 def distribution(logits_W, sampling):
     """The probabilities (W,) that a token is drawn from, float64 on the host: temperature, then
-    top-k, then top-p (of what top-k left, the fewest likeliest tokens that reach it). Among equals
+    top-k, then top-p (of what top-k left, the fewest likeliest tokens that reach it). Of equals
     the lowest id comes first."""
     logits_W = logits_W.astype(np.float64)
     require(np.isfinite(logits_W).all(), "logits are not finite: the weights or the dtype overflow")
@@ -948,7 +946,7 @@ def check_prompt(prompt, cfg, max_tokens):
 
 
 def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True, stats=None,
-             chunk=CHUNK):  # fmt: skip
+             chunk=CHUNK):
     """Continue a prompt of token ids: yields up to max_tokens, or to the first of `stop`. speculate
     drafts with MTP module 1, if any; no distribution changes. stats: a Counter, to be filled.
 
@@ -958,7 +956,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
     check_prompt(prompt, cfg, max_tokens)
     sampling, stats = sampling or Sampling(), Counter() if stats is None else stats
     rng, end = np.random.default_rng(sampling.seed), len(prompt) + max_tokens
-    cache, mtp_cache = Cache(end), Cache(end)
+    cache, mtp_cache = caches = [Cache(end), Cache(end)]
     tokens, draft, q_W = list(prompt), [], None
     while True:
         start = cache.length
@@ -971,8 +969,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
         else:
             new = [draw(p_XW[0], rng)]
         stats.update(drafted=len(draft), accepted=len(new) - 1)
-        held = [*cache.layers.values(), *mtp_cache.layers.values()]
-        stats["cache_bytes"] = sum(x.nbytes for x in held)
+        stats["cache_bytes"] = sum(x.nbytes for each in caches for x in each.layers.values())
         for token in new[: end - len(tokens)]:
             tokens.append(token)
             yield token
@@ -1147,7 +1144,7 @@ def respond(tokenizer, prompt, options):
             f" · new: {stats['new']} tokens, {later / (end - first) if later else 0:.1f} tok/s"
             f" · drafted {stats['drafted']}, accepted {stats['accepted']}"
             f" · cache {stats['cache_bytes'] / 1000:.0f} KB"
-            f" · peak memory {peak / 1e6:.0f} MB")  # fmt: skip
+            f" · peak memory {peak / 1e6:.0f} MB")
 
 
 def run(args):

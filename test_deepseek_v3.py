@@ -1,13 +1,11 @@
-"""The promises of deepseek_v3.py, as tests: absorption and cache equivalence first, then every other property.
+"""The promises of deepseek_v3.py, as tests: absorption and cache equivalence first, then the rest.
 
-    pytest                  the whole, some minutes on two cores
-    pytest -m width -s      a checkpoint of the release's widths, 16 GB on disk, in 6 GB of memory
+    pytest                  the whole, some minute on two cores
     pytest -m gpu -s        on an NVIDIA GPU: parity, the story, speed
 
-Tests without a profile of their own try 25 examples; HYPOTHESIS_PROFILE=unshrunk repeats the same ones.
+Properties try 25 examples; HYPOTHESIS_PROFILE=unshrunk repeats the same ones.
 """
 
-import cmath
 import contextlib
 import functools
 import importlib
@@ -43,7 +41,8 @@ import deepseek_v3 as dsv3
 
 HERE = Path(dsv3.__file__).resolve().parent
 WEIGHTS = HERE / "weights"
-settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow = [HealthCheck.too_slow]
+settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=slow)
 unshrunk = {"derandomize": True, "database": None, "phases": [Phase.explicit, Phase.generate]}
 settings.register_profile("unshrunk", settings.get_profile("default"), **unshrunk)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -65,7 +64,7 @@ def configs(draw, mtp=(0, 2)):
     scaling = dsv3.Yarn(
         factor=among(1.0, 4.0, 40.0), original_max_position_embeddings=among(8, 4096),
         mscale=among(0.707, 1.0),
-    )  # fmt: skip
+    )
     return dsv3.Config(
         vocab_size=upto(30, 5), hidden_size=upto(20, 4), num_hidden_layers=layers,
         num_attention_heads=upto(4), q_lora_rank=among(None, 3, 5, 9), kv_lora_rank=upto(9, 2),
@@ -77,7 +76,7 @@ def configs(draw, mtp=(0, 2)):
         rms_norm_eps=among(1e-6, 1e-2), rope_theta=among(100.0, 1e4, 5e4),
         rope_scaling=among(None, scaling), max_position_embeddings=512,
         num_nextn_predict_layers=upto(mtp[1], mtp[0]),
-    )  # fmt: skip
+    )
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -86,7 +85,7 @@ SMALL = dsv3.Config(  # every letter of the key of axes has a size of its own
     kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=5, intermediate_size=17,
     first_k_dense_replace=1, moe_intermediate_size=9, n_routed_experts=12, num_experts_per_tok=6,
     n_group=4, topk_group=2, max_position_embeddings=512, num_nextn_predict_layers=2,
-)  # fmt: skip
+)
 
 
 def make_weights(cfg, seed=0, dtype=np.float64):
@@ -109,7 +108,7 @@ def make_tokens(cfg, seed, *shape):
 
 
 def assert_close(got, expected, tolerance=1e-12):
-    """Equal to `tolerance`, relative to the largest expected value (at least 1), of one shape, and finite."""
+    """Finite, of one shape, and equal to `tolerance` of the largest expected value (at least 1)."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
     assert np.all(np.isfinite(got)) and np.all(np.isfinite(expected))
@@ -127,27 +126,32 @@ def config_json(cfg):
 
 
 def write_checkpoint(directory, cfg, w, shards=1, dtype=np.float32):
-    """A checkpoint in the Hugging Face layout: config.json; one file, or several and their index. dtype: of the
-    tensors, a NumPy one or ml_dtypes.bfloat16."""
+    """A checkpoint in the Hugging Face layout: config.json; one file, or several and their index.
+    dtype: of the tensors, a NumPy one or ml_dtypes.bfloat16; None: each as it is."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config_json(cfg)))
-    stored = {name: np.ascontiguousarray(x.astype(dtype)) for name, x in w.items()}
+    stored = {name: np.ascontiguousarray(x.astype(dtype or x.dtype)) for name, x in w.items()}
     if shards == 1:
         save_file(stored, directory / "model.safetensors")
         return directory
-    names = sorted(stored)
-    files = {f"model-{n + 1:05}-of-{shards:05}.safetensors": names[n::shards] for n in range(shards)}
-    for file, held in files.items():
-        save_file({name: stored[name] for name in held}, directory / file)
-    weight_map = {name: file for file, held in files.items() for name in held}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    names = sorted(stored)  # dealt out in turn, a scale to another file than its weight
+    weight_map = {name: f"model-{n % shards + 1}.safetensors" for n, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        held = {name: x for name, x in stored.items() if weight_map[name] == file}
+        save_file(held, directory / file)
+    index_says(directory, weight_map)
     return directory
+
+
+def index_says(directory, weight_map):
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
 
 
 # ---- Absorption: what a query meets is the same, whether keys are expanded or not ----------------
 # Here and in the next part one form is compared with another. A fault that they share (m^2 left
-# out, a latent without its norm, queries rotated wrongly) is caught by the plain equations, below.
+# out, a latent without its norm, queries rotated wrongly) is caught by the parity, below.
 
 
 def latent_inputs(cfg, seed, T, past, dtype=np.float64):
@@ -182,17 +186,20 @@ def test_absorption_is_chosen_where_it_multiplies_less(cfg, T, past):
     naive = [(S, C, N + V), (T, N + R, S), (T, S, V)]
     absorbed = [(T, N, C), (T, C + R, S), (T, S, C + R), (T, C, V)]
     fewer = sum(map(math.prod, absorbed)) < sum(map(math.prod, naive))
-    room, inputs = S * cfg.num_attention_heads * (N + R + V), latent_inputs(cfg, 0, T, past)
+    room = S * cfg.num_attention_heads * (N + R + V)
     for limit, absorbs in ((2**29, fewer), (room, fewer), (room - 1, True)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dsv3, "MAX_EXPANDED", limit)
-            patch.setattr(dsv3, "mla_absorbed", lambda *_: True)
-            patch.setattr(dsv3, "mla_naive", lambda *_: False)
-            cache = dsv3.Cache(S)
-            cache.write("a", inputs[2][:past])
-            cache.length = past
-            q_nope, q_rope, kv, *rest = inputs
-            assert dsv3.mla_cached(cache, q_nope, q_rope, kv[past:], *rest) == absorbs
+            assert dsv3.absorbing_pays(T, S, cfg) == absorbs
+
+
+@pytest.mark.parametrize("absorbs", [True, False])
+def test_absorption_is_what_the_cache_runs_where_it_pays(monkeypatch, absorbs):
+    monkeypatch.setattr(dsv3, "absorbing_pays", lambda T, S, cfg: (T, S) == (2, 2) and absorbs)
+    monkeypatch.setattr(dsv3, "mla_absorbed", lambda *_: True)
+    monkeypatch.setattr(dsv3, "mla_naive", lambda *_: False)
+    q_nope, q_rope, kv, *rest = latent_inputs(SMALL, 0, 2, 0)
+    assert dsv3.mla_cached(dsv3.Cache(2), q_nope, q_rope, kv, *rest) == absorbs
 
 
 # ---- Cache: in any chunks, with any tokens rejected, the same arrays as without ------------------
@@ -278,51 +285,12 @@ def test_cache_holds_a_latent_and_a_rotated_key_per_token():
         assert np.array_equal(entries[:4], np.concatenate(made, axis=-1))
 
 
-# ---- The equations once more, for one token, one head, one expert at a time ----------------------
-# They judge the page and share neither code nor form with it: loops over vectors, complex angles.
+# ---- Attention in pieces, chosen experts ---------------------------------------------------------
 
 
-def plain_norm(x, weight, eps):
-    return x / math.sqrt(sum(v * v for v in x) / len(x) + eps) * weight
-
-
-def plain_linear(x, w, name):
-    return w[f"{name}.weight"] @ x
-
-
-def plain_mlp(x, w, name):
-    gate, up = (plain_linear(x, w, f"{name}.{part}_proj") for part in ("gate", "up"))
-    hidden = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
-    return plain_linear(np.array(hidden), w, f"{name}.down_proj")
-
-
-def plain_frequency(j, cfg):
-    """Radians per position of pair j: YaRN's ramp (arXiv:2309.00071), rounded as DeepSeek does."""
-    R, yarn, ends = cfg.qk_rope_head_dim, cfg.rope_scaling, []
-    freq = cfg.rope_theta ** (-2 * j / R)
-    if yarn is None:
-        return freq
-    for beta in (yarn.beta_fast, yarn.beta_slow):
-        length = yarn.original_max_position_embeddings / (2 * math.pi * beta)
-        ends.append(R * math.log(length) / (2 * math.log(cfg.rope_theta)))
-    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), R - 1)
-    slowed = min(max((j - low) / (high - low if high != low else 0.001), 0), 1)
-    return freq * (1 - slowed) + freq / yarn.factor * slowed
-
-
-def plain_rope(x, position, cfg):
-    """Pair j, as a complex number, times e^(i angle)."""
-    y = np.zeros(len(x))
-    for j in range(len(x) // 2):
-        z = complex(*x[2 * j :][:2]) * cmath.exp(1j * position * plain_frequency(j, cfg))
-        y[2 * j :][:2] = z.real, z.imag
-    return y
-
-
-def plain_scale(cfg):
-    yarn = cfg.rope_scaling
-    m = 1 + 0.1 * yarn.mscale * math.log(yarn.factor) if yarn else 1
-    return m * m / math.sqrt(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+def attention_inputs(seed, H, J, T, past):
+    rng, S = np.random.default_rng(seed), T + past
+    return [rng.standard_normal(shape) for shape in ((T, H, 5), (S, J, 5), (S, J, 3))]
 
 
 def plain_head(q, keys, values, scale):
@@ -330,99 +298,6 @@ def plain_head(q, keys, values, scale):
     scores = [scale * sum(q * k) for k in keys]
     weights = [math.exp(score - max(scores)) for score in scores]
     return sum(e * v for e, v in zip(weights, values, strict=True)) / sum(weights)
-
-
-def plain_mla(x, w, name, cfg):
-    """Eqs. (1)-(11) -> what attention adds to each token."""
-    N, V, C = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
-    size, out, latents, ropes = N + cfg.qk_rope_head_dim, [], [], []
-    for t, x_t in enumerate(x):
-        kv = plain_linear(x_t, w, f"{name}.kv_a_proj_with_mqa")
-        latents.append(plain_norm(kv[:C], w[f"{name}.kv_a_layernorm.weight"], 1e-6))
-        ropes.append(plain_rope(kv[C:], t, cfg))
-        c_q, up_q = x_t, "q_proj"
-        if cfg.q_lora_rank:
-            c_q, up_q = plain_linear(x_t, w, f"{name}.q_a_proj"), "q_b_proj"
-            c_q = plain_norm(c_q, w[f"{name}.q_a_layernorm.weight"], 1e-6)
-        q, heads = plain_linear(c_q, w, f"{name}.{up_q}"), []
-        for h in range(cfg.num_attention_heads):
-            up = w[f"{name}.kv_b_proj.weight"][h * (N + V) :]
-            w_uk, w_uv = up[:N], up[N : N + V]
-            q_h = np.array([*q[h * size :][:N], *plain_rope(q[h * size :][N:size], t, cfg)])
-            keys = [np.array([*(w_uk @ c), *k]) for c, k in zip(latents, ropes, strict=True)]
-            heads.append(plain_head(q_h, keys, [w_uv @ c for c in latents], plain_scale(cfg)))
-        out.append(plain_linear(np.concatenate(heads), w, f"{name}.o_proj"))
-    return out
-
-
-def plain_route(x, w, name, cfg):
-    """Eqs. (13)-(16) with groups, for one token -> {expert: gate}, best first."""
-    score = [1 / (1 + math.exp(-float(row @ x))) for row in w[f"{name}.gate.weight"]]
-    biased = list(score + w[f"{name}.gate.e_score_correction_bias"])
-    size = len(score) // cfg.n_group
-    rank = [sum(sorted(biased[g * size :][:size])[-2:]) for g in range(cfg.n_group)]
-    kept = sorted(range(cfg.n_group), key=lambda g: (-rank[g], g))[: cfg.topk_group]
-    candidates = [e for e in range(len(score)) if e // size in kept]
-    chosen = sorted(candidates, key=lambda e: (-biased[e], e))[: cfg.num_experts_per_tok]
-    total = sum(score[e] for e in chosen)
-    return {e: score[e] / total * cfg.routed_scaling_factor for e in chosen}
-
-
-def plain_moe(x, w, name, cfg):
-    """Eq. (12) without its residual."""
-    y = plain_mlp(x, w, f"{name}.shared_experts")
-    for e, gate in plain_route(x, w, name, cfg).items():
-        y = y + gate * plain_mlp(x, w, f"{name}.experts.{e}")
-    return y
-
-
-def plain_block(x, w, layer, cfg):
-    name, eps = f"model.layers.{layer}", cfg.rms_norm_eps
-    normed = [plain_norm(x_t, w[f"{name}.input_layernorm.weight"], eps) for x_t in x]
-    x = [x_t + y for x_t, y in zip(x, plain_mla(normed, w, f"{name}.self_attn", cfg), strict=True)]
-    normed = [plain_norm(x_t, w[f"{name}.post_attention_layernorm.weight"], eps) for x_t in x]
-    if layer < cfg.first_k_dense_replace:
-        return [x_t + plain_mlp(y, w, f"{name}.mlp") for x_t, y in zip(x, normed, strict=True)]
-    return [x_t + plain_moe(y, w, f"{name}.mlp", cfg) for x_t, y in zip(x, normed, strict=True)]
-
-
-def plain_model(tokens, w, cfg):
-    """The states of one sequence: h^0, then h^1, ... of the MTP modules, T - k of module k."""
-    embedding, eps = w["model.embed_tokens.weight"], cfg.rms_norm_eps
-    x = [embedding[token] for token in tokens]
-    for layer in range(cfg.num_hidden_layers):
-        x = plain_block(x, w, layer, cfg)
-    states = [[plain_norm(x_t, w["model.norm.weight"], eps) for x_t in x]]
-    for k in range(1, cfg.num_nextn_predict_layers + 1):
-        layer, x = cfg.num_hidden_layers + k - 1, []
-        name = f"model.layers.{layer}"
-        for h, token in zip(states[-1], tokens[k:], strict=False):  # the state at i, token i + k
-            embedded = plain_norm(embedding[token], w[f"{name}.enorm.weight"], eps)
-            joined = np.concatenate([embedded, plain_norm(h, w[f"{name}.hnorm.weight"], eps)])
-            x.append(plain_linear(joined, w, f"{name}.eh_proj"))
-        x = plain_block(x, w, layer, cfg)
-        states.append([plain_norm(x_t, w[f"{name}.shared_head.norm.weight"], eps) for x_t in x])
-    return states
-
-
-@given(configs(), seeds, st.sampled_from([None, 1, 3, 100]))
-def test_model_is_the_equations(cfg, seed, chunk):
-    """States of the main model, logits of it and of the MTP modules; in chunks too."""
-    w, tokens = make_weights(cfg, seed), make_tokens(cfg, seed, 6).tolist()
-    named, states = dsv3.trace(tokens, w, cfg, chunk), plain_model(tokens, w, cfg)
-    layers = range(cfg.num_hidden_layers, cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
-    names = ["lm_head", *(f"model.layers.{layer}.shared_head" for layer in layers)]
-    assert_close(named["model.norm"], states[0])
-    for name, states_k in zip(names, states, strict=True):
-        assert_close(named[name], [plain_linear(h, w, "lm_head") for h in states_k])
-
-
-# ---- Attention in pieces, chosen experts ---------------------------------------------------------
-
-
-def attention_inputs(seed, H, J, T, past):
-    rng, S = np.random.default_rng(seed), T + past
-    return [rng.standard_normal(shape) for shape in ((T, H, 5), (S, J, 5), (S, J, 3))]
 
 
 HEADS = st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3), (6, 2), (1, 1)])
@@ -476,11 +351,9 @@ def test_experts_chosen_equal_the_sum_over_all(cfg, seed):
     x, w, name, index, gate = moe_inputs(cfg, seed)
     expected = np.zeros(x.shape)
     for t, k in np.ndindex(index.shape):
-        expected[t] += gate[t, k] * plain_mlp(x[t], w, f"{name}.experts.{index[t, k]}")
+        expected[t] += gate[t, k] * dsv3.swiglu(x[t], w, f"{name}.experts.{index[t, k]}")
     for experts in (dsv3.moe_all, dsv3.moe_chosen):
         assert_close(experts(x, w, name, index, gate, cfg), expected)
-        got = dsv3.moe(x, w, name, cfg, experts)
-        assert_close(got, [plain_moe(x_t, w, name, cfg) for x_t in x])
 
 
 def test_experts_not_chosen_are_not_read():
@@ -528,19 +401,15 @@ def test_model_positions_matter_by_their_differences(cfg, seed, shift):
 
 
 def test_model_recording_nests_and_stops():
-    def put(name, value):
-        dsv3.record(name, np.array([value]))
-
-    put("a", 0)
     with dsv3.recording() as outer:
-        put("a", 1)
+        dsv3.record("a", np.array([1]))
         with dsv3.recording() as inner:
-            put("a", 2)
-            put("a", 3)
+            dsv3.record("a", np.array([2]))
+            dsv3.record("a", np.array([3]))
         with pytest.raises(ZeroDivisionError), dsv3.recording():
             raise ZeroDivisionError
-        put("a", 4)
-    put("a", 5)
+        dsv3.record("a", np.array([4]))
+    dsv3.record("a", np.array([5]))
     assert inner["a"].tolist() == [2, 3] and outer["a"].tolist() == [1, 4]
 
 
@@ -597,14 +466,17 @@ def test_yarn_of_the_671b_model_in_numbers():
     assert np.allclose(ramp(k2)[[19, 20]], [1, 1 / 32])
 
 
-@settings(max_examples=200)
-@given(pairs=st.integers(1, 40), theta=st.floats(1e2, 1e6), factor=st.floats(1, 64),
-       original=st.integers(8, 2**17), beta=st.floats(1, 40))  # fmt: skip
-def test_yarn_frequencies_pair_by_pair(pairs, theta, factor, original, beta):
-    yarn = dsv3.Yarn(factor, original, beta, beta / 8)
-    cfg = replace(SMALL, qk_rope_head_dim=2 * pairs, rope_theta=theta, rope_scaling=yarn)
-    expected = [plain_frequency(j, cfg) for j in range(pairs)]
-    assert np.allclose(dsv3.rope_frequencies(cfg), expected, rtol=1e-12, atol=0)
+def plain_route(x, w, name, cfg):
+    """Eqs. (13)-(16) with groups, for one token -> {expert: gate}, best first."""
+    score = [1 / (1 + math.exp(-float(row @ x))) for row in w[f"{name}.gate.weight"]]
+    biased = list(score + w[f"{name}.gate.e_score_correction_bias"])
+    size = len(score) // cfg.n_group
+    rank = [sum(sorted(biased[g * size :][:size])[-2:]) for g in range(cfg.n_group)]
+    kept = sorted(range(cfg.n_group), key=lambda g: (-rank[g], g))[: cfg.topk_group]
+    candidates = [e for e in range(len(score)) if e // size in kept]
+    chosen = sorted(candidates, key=lambda e: (-biased[e], e))[: cfg.num_experts_per_tok]
+    total = sum(score[e] for e in chosen)
+    return {e: score[e] / total * cfg.routed_scaling_factor for e in chosen}
 
 
 def check_routing(x, w, cfg):
@@ -671,26 +543,26 @@ def test_balance_loss_as_printed(cfg, seed):
 
 @given(configs(mtp=(0, 3)), seeds)
 def test_objective_as_printed(cfg, seed):
-    """Eqs. (24), (25) term by term, of the plain equations' states; and the loads."""
+    """Eqs. (24), (25) term by term, of the logits of a trace; and the loads."""
     w, tokens, T = make_weights(cfg, seed), make_tokens(cfg, seed, 8).tolist(), 7
     total, parts = dsv3.training_objective(w, tokens, cfg, 0.4, 0.1)
-    losses = np.zeros(1 + cfg.num_nextn_predict_layers)
-    for k, states in enumerate(plain_model(tokens[:T], w, cfg)):
-        for i, h in enumerate(states):  # state i of module k predicts token i + k + 1
-            logits = plain_linear(h, w, "lm_head")
-            losses[k] += (math.log(sum(map(math.exp, logits))) - logits[tokens[i + k + 1]]) / T
-    assert_close([parts["main"], *parts["mtp"]], losses)
     named, balance = dsv3.trace(tokens[:T], w, cfg, None), 0
-    gates = [name.removesuffix(".scores") for name in named if name.endswith(".gate.scores")]
-    assert list(parts["load"]) == gates
-    for gate in gates:
-        balance += plain_balance(named[f"{gate}.scores"], cfg.num_experts_per_tok)
-        load = Counter(named[f"{gate}.indices"].ravel().tolist())
-        assert parts["load"][gate].tolist() == [load[e] for e in range(cfg.n_routed_experts)]
+    logits = [x for name, x in named.items() if name.endswith(("lm_head", "shared_head"))]
+    losses = np.zeros(1 + cfg.num_nextn_predict_layers)
+    for k, i in ((k, i) for k, logits_k in enumerate(logits) for i in range(len(logits_k))):
+        row, target = logits[k][i], tokens[i + k + 1]  # the state i of module k predicts it
+        losses[k] += (math.log(sum(map(math.exp, row))) - row[target]) / T
+    assert_close([parts["main"], *parts["mtp"]], losses)
+    routers = [name.removesuffix(".scores") for name in named if name.endswith(".gate.scores")]
+    assert list(parts["load"]) == routers
+    for router in routers:
+        balance += plain_balance(named[f"{router}.scores"], cfg.num_experts_per_tok)
+        load = Counter(named[f"{router}.indices"].ravel().tolist())
+        assert parts["load"][router].tolist() == [load[e] for e in range(cfg.n_routed_experts)]
     assert_close(parts["balance"], balance)
-    modules = max(1, cfg.num_nextn_predict_layers)
-    assert_close(total, losses[0] + 0.4 * losses[1:].sum() / modules + 0.1 * balance)
-    default = losses[0] + 0.3 * losses[1:].sum() / modules + 1e-4 * balance
+    mtp_loss = losses[1:].sum() / max(1, cfg.num_nextn_predict_layers)
+    assert_close(total, losses[0] + 0.4 * mtp_loss + 0.1 * balance)
+    default = losses[0] + 0.3 * mtp_loss + 1e-4 * balance
     assert_close(dsv3.training_objective(w, tokens, cfg)[0], default)
 
 
@@ -714,7 +586,7 @@ def shapes_that_lie(run, cfg):
     sizes = [cfg.hidden_size, cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim,
              cfg.v_head_dim, cfg.kv_lora_rank, cfg.q_lora_rank, cfg.n_routed_experts,
              cfg.num_experts_per_tok, cfg.n_group, cfg.vocab_size, cfg.qk_rope_head_dim // 2,
-             cfg.kv_lora_rank + cfg.qk_rope_head_dim]  # fmt: skip
+             cfg.kv_lora_rank + cfg.qk_rope_head_dim]
     fixed = dict(zip("DHNRVCQEKGWPL", sizes, strict=True))
     assert len(set(sizes)) == len(sizes)
     lies, seen = [], set()
@@ -757,12 +629,6 @@ def test_names_tell_the_shapes():
     assert len(seen) > 40 and set("".join(seen)) == key
 
 
-def test_names_that_lie_about_shapes_are_seen(monkeypatch):
-    monkeypatch.setattr(dsv3, "top_k", lambda score, k, honest=dsv3.top_k: honest(score, k + 1))
-    run = functools.partial(dsv3.trace, [1, 2, 3], make_weights(LETTERS), LETTERS, None)
-    assert any("route: index_TK" in lie for lie in shapes_that_lie(run, LETTERS)[0])
-
-
 # ---- The definitions under JAX -------------------------------------------------------------------
 
 
@@ -781,7 +647,7 @@ def test_jax_runs_the_definitions_in_jit_grad_and_vmap(jax, monkeypatch):
     """The objective of two sequences and its gradient, against NumPy and finite differences, in
     float64."""
     cfg = replace(SMALL, n_routed_experts=4, n_group=2, num_experts_per_tok=3,
-                  num_hidden_layers=2, num_nextn_predict_layers=1)  # fmt: skip
+                  num_hidden_layers=2, num_nextn_predict_layers=1)
     w, tokens, rng = make_weights(cfg, 5), make_tokens(cfg, 3, 2, 7), np.random.default_rng(0)
 
     def objective(w, token_X):
@@ -883,7 +749,7 @@ def verdicts():
 
 GENERATE = [(name, dtype, chunk) for name in named_cases("generate")
             for dtype in (np.float64, np.float32) for chunk in (1, 3, 1024)
-            if "config" in INDEX[name] or (dtype, chunk) == (np.float32, 1024)]  # fmt: skip
+            if "config" in INDEX[name] or (dtype, chunk) == (np.float32, 1024)]
 
 
 @pytest.mark.parametrize("name, dtype, chunk", GENERATE)
@@ -918,38 +784,6 @@ def test_generation_greedy_speculation_changes_no_token(cfg, seed, prompt, n, ch
     accepted = sum(accepted for _, accepted in seen)
     assert (stats["drafted"], stats["accepted"]) == (len(seen), accepted)
     assert (stats["drafted"] > 0) == (n > 1 and cfg.num_nextn_predict_layers > 0)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 1024])
-@pytest.mark.parametrize("speculate", [False, True])
-def test_generation_caches_are_right_after_every_round(monkeypatch, chunk, speculate):
-    """Before each pass, of either module, the entries are those that the definition makes of the
-    text so far: after accepted and after rejected drafts."""
-    cfg, w, prompt = GUESSABLE, make_weights(GUESSABLE, 4), [1, 2, 3, 0, 1]
-    made, stats, seen, run, held = [], Counter(), [], dsv3.cached_pass, {}
-
-    def watched(step, arrays, w, cfg, cache, chunk):
-        module = "main" if step is dsv3.forward else "mtp"
-        assert cache.length == held.get(module, 0)  # neither more nor less
-        seen.extend((layer, x[: cache.length].copy()) for layer, x in cache.layers.items())
-        out = run(step, arrays, w, cfg, cache, chunk)
-        if module == "mtp":
-            assert cache.length == len(prompt + made) - 1  # as many pairs
-        held[module] = len(prompt + made) - 1
-        return out
-
-    monkeypatch.setattr(dsv3, "cached_pass", watched)
-    sampling = dsv3.Sampling(2.0, seed=5)
-    for token in dsv3.generate(prompt, w, cfg, 40, sampling, (), speculate, stats, chunk):
-        made.append(token)
-        held["main"] = len(prompt + made) - 1
-    monkeypatch.undo()
-    whole = dsv3.trace(prompt + made, w, cfg, None)
-    for layer, entries in seen:
-        parts = [whole[f"{layer}.{part}"] for part in ("kv_latent", "k_rope")]
-        assert_close(entries, np.concatenate(parts, axis=-1)[: len(entries)])
-    assert len({layer for layer, _ in seen}) == 3 + speculate
-    assert not speculate or 2 < stats["accepted"] < stats["drafted"] - 2
 
 
 class Chance:
@@ -993,7 +827,7 @@ def paths(run):
 
 
 @pytest.mark.parametrize("sampling", [
-    dsv3.Sampling(1.0), dsv3.Sampling(0.5, top_k=2), dsv3.Sampling(2.0, top_p=0.8)])  # fmt: skip
+    dsv3.Sampling(1.0), dsv3.Sampling(0.5, top_k=2), dsv3.Sampling(2.0, top_p=0.8)])
 @pytest.mark.parametrize("n, stop", [(2, ()), (4, {2})])
 def test_speculation_has_exactly_the_main_models_distribution(sampling, n, stop):
     """All ways in which a few tokens of a vocabulary of three can be made, their probabilities
@@ -1045,7 +879,7 @@ def test_sampling_draws_with_the_probabilities_given():
 @example([0.0, 1.0, 0.0, 0.0], 1.0, 2, 1)  # of equals as many as there is room for
 @example([4.0, 3.0, 2.0, 1.0], 3.0, 2, 0.55)  # top-p of what top-k left: one token of two
 @given(st.lists(st.floats(-20, 20) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=9),
-       st.floats(0.1, 5), st.integers(0, 10), st.floats(0.01, 1))  # fmt: skip
+       st.floats(0.1, 5), st.integers(0, 10), st.floats(0.01, 1))
 def test_sampling_is_temperature_then_top_k_then_top_p(logits, temperature, k, top_p):
     p = dsv3.distribution(np.array(logits, np.float64), dsv3.Sampling(temperature, k, top_p))
     full = [math.exp((logit - max(logits)) / temperature) for logit in logits]
@@ -1073,15 +907,6 @@ def test_sampling_at_its_ends():
             dsv3.distribution(np.array([0, bad]), dsv3.Sampling())
 
 
-@pytest.mark.parametrize("bad", [
-    {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0},
-    {"top_p": 1.1}, {"top_p": math.nan}, {"top_k": -1}, {"seed": -1}])  # fmt: skip
-def test_sampling_out_of_range_is_refused(bad):
-    ((key, value),) = bad.items()
-    with pytest.raises(dsv3.InputError, match=f"{key}={value}"):
-        dsv3.Sampling(**bad)
-
-
 @pytest.mark.parametrize("speculate", [False, True])
 def test_sampling_is_by_seed(speculate):
     """The same seed is the same text, in chunks of any size."""
@@ -1093,7 +918,7 @@ def test_sampling_is_by_seed(speculate):
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=7), st.sets(st.integers(0, 3), max_size=2),
-       st.booleans())  # fmt: skip
+       st.booleans())
 def test_generation_ends_at_stop_tokens(prompt, stop, speculate):
     given = prompt, make_weights(GUESSABLE, 3), GUESSABLE, 12, dsv3.Sampling(1.0)
     free = list(dsv3.generate(*given, speculate=speculate))
@@ -1123,7 +948,7 @@ def test_generation_fills_the_context_to_its_last_position():
 
 @pytest.mark.parametrize("prompt, n, said", [
     ([], 0, "0 tokens"), ([1, 31], 0, "token id [31]"), ([-1], 0, "token id [-1]"),
-    ([1] * 513, 0, "513 tokens"), ([1] * 500, 13, "500 tokens"), ([1], -1, "-1 new")])  # fmt: skip
+    ([1] * 513, 0, "513 tokens"), ([1] * 500, 13, "500 tokens"), ([1], -1, "-1 new")])
 def test_generation_refuses_before_any_work(prompt, n, said):
     with pytest.raises(dsv3.InputError, match=re.escape(said)):
         list(dsv3.generate(prompt, {}, SMALL, n))
@@ -1162,7 +987,7 @@ RELEASE = {  # the release's config.json, abridged to what matters
     "moe_layer_freq": 1, "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 1,
     "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                             "weight_block_size": [128, 128]},
-}  # fmt: skip
+}
 YARN = RELEASE["rope_scaling"]
 GLM_4_7_FLASH = {  # likewise
     "model_type": "glm4_moe_lite", "attention_bias": False, "hidden_act": "silu",
@@ -1176,7 +1001,7 @@ GLM_4_7_FLASH = {  # likewise
     "dtype": "bfloat16", "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
     "qk_rope_head_dim": 64, "v_head_dim": 256, "vocab_size": 154880,
     "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
-}  # fmt: skip
+}
 
 
 def without(keys, *names):
@@ -1189,13 +1014,13 @@ def test_config_of_the_released_models():
     glm = dsv3.parse_config(GLM_4_7_FLASH)
     assert glm.rope_scaling is None and glm.rope_theta == 1e6 and glm.rms_norm_eps == 1e-5
     assert asdict(glm).items() - {("rope_scaling", None)} <= without(
-        GLM_4_7_FLASH, "eos_token_id").items()  # fmt: skip
+        GLM_4_7_FLASH, "eos_token_id").items()
 
 
 def test_config_in_both_spellings_is_one():
     rope = without(YARN, "type") | {"rope_type": "yarn", "rope_theta": 5e4, "truncate": None}
     hf5 = without(RELEASE, "rope_scaling", "rope_theta", "scoring_func", "topk_method",
-                  "model_type")  # fmt: skip
+                  "model_type")
     expected = replace(dsv3.Config(), rope_theta=5e4)
     assert dsv3.parse_config(hf5 | {"rope_parameters": rope}) == expected
     assert dsv3.parse_config(hf5 | {"rope_parameters": rope, "rope_scaling": rope}) == expected
@@ -1206,11 +1031,11 @@ def test_config_in_both_spellings_is_one():
 def test_config_absent_keys_mean_what_v3_has_or_are_named():
     means = {f.name: f.default for f in fields(dsv3.Config)
              if f.name in ("routed_scaling_factor", "rms_norm_eps", "max_position_embeddings",
-                           "rope_theta", "num_nextn_predict_layers")}  # fmt: skip
+                           "rope_theta", "num_nextn_predict_layers")}
     means |= {"q_lora_rank": None, "rope_scaling": None}
     implied = ("norm_topk_prob", "scoring_func", "topk_method", "moe_layer_freq", "hidden_act",
                "attention_bias", "tie_word_embeddings", "model_type", "num_key_value_heads",
-               "quantization_config")  # fmt: skip
+               "quantization_config")
     for absent in (without, lambda keys, *names: keys | dict.fromkeys(names)):
         assert dsv3.parse_config(absent(RELEASE, *implied)) == dsv3.Config()
         for f in fields(dsv3.Config):
@@ -1220,8 +1045,9 @@ def test_config_absent_keys_mean_what_v3_has_or_are_named():
             else:
                 with pytest.raises(dsv3.InputError, match=f.name):
                     dsv3.parse_config(absent(RELEASE, f.name))
-    with pytest.raises(dsv3.InputError, match="n_group, topk_group"):
-        dsv3.parse_config(without(RELEASE, "n_group", "topk_group"))
+    official = {"vocab_size": 129280, "dim": 7168, "n_layers": 61}  # keys of the inference code
+    with pytest.raises(dsv3.InputError, match="Hugging Face.*hidden_size, num_hidden_layers"):
+        dsv3.parse_config(official)
     yarn = dsv3.parse_config(RELEASE | {"rope_scaling": without(YARN, "beta_fast", "beta_slow")})
     assert yarn == dsv3.Config()
 
@@ -1269,19 +1095,12 @@ def yarn_with(**changes):
     ({"n_group": 7}, "n_group"), ({"n_group": 256, "topk_group": 8}, "n_group"),
     ({"topk_group": 9}, "topk_group"),
     ({"topk_group": 1, "num_experts_per_tok": 33}, "num_experts_per_tok"),
-])  # fmt: skip
+])
 def test_config_refusal_names_the_key(tmp_path, capsys, change, word):
     (tmp_path / "config.json").write_text(json.dumps(RELEASE | change))
     assert dsv3.main(["--weights", str(tmp_path), "--inspect"]) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and word in err and len(err) < 300
-
-
-def test_config_of_the_official_inference_code_is_refused():
-    """Its keys have other names, and nothing says so but their absence."""
-    official = {"vocab_size": 129280, "dim": 7168, "n_layers": 61, "n_heads": 128, "dtype": "fp8"}
-    with pytest.raises(dsv3.InputError, match="Hugging Face.*hidden_size, num_hidden_layers"):
-        dsv3.parse_config(official)
 
 
 def test_inspect_counts_what_is_published_of_the_671b_model(tmp_path, program):
@@ -1352,25 +1171,6 @@ def decoded(stored):
     return out
 
 
-def write_stored(directory, cfg, stored, shards=2):
-    """A checkpoint of tensors of several dtypes, each as it is, dealt out to shards in the order of
-    their names: a scale comes to lie in another file than its weight."""
-    write_checkpoint(directory, cfg, {})
-    (directory / "model.safetensors").unlink()
-    names = sorted(stored)
-    weight_map = {name: f"model-{n % shards + 1}.safetensors" for n, name in enumerate(names)}
-    for shard in set(weight_map.values()):
-        held = {name: x for name, x in stored.items() if weight_map[name] == shard}
-        save_file(held, directory / shard)
-    index_says(directory, weight_map)
-    return directory
-
-
-def index_says(directory, weight_map):
-    index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-
-
 def whole(x):
     return dsv3.to_host(x.whole() if isinstance(x, dsv3.Stored) else x)
 
@@ -1398,7 +1198,7 @@ def test_bf16_values_are_those_of_ml_dtypes(tmp_path):
     stored = make_weights(cfg, dtype=ml_dtypes.bfloat16)
     bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     stored["model.embed_tokens.weight"] = bits.view(ml_dtypes.bfloat16)
-    w = dsv3.Checkpoint(write_stored(tmp_path / "w", cfg, stored), cfg)
+    w = dsv3.Checkpoint(write_checkpoint(tmp_path / "w", cfg, stored, 2, None), cfg)
     got = whole(w["model.embed_tokens.weight"])
     expected = bits.view(ml_dtypes.bfloat16).astype(np.float32)
     nan = np.isnan(expected)
@@ -1431,7 +1231,7 @@ def test_checkpoint_of_the_fp8_release(tmp_path):
     for k in (3, 4):
         stored[f"model.layers.{k}.embed_tokens.weight"] = stored["model.embed_tokens.weight"]
         stored[f"model.layers.{k}.shared_head.head.weight"] = stored["lm_head.weight"]
-    directory, expected = write_stored(tmp_path / "w", cfg, stored), decoded(stored)
+    directory, expected = write_checkpoint(tmp_path / "w", cfg, stored, 2, None), decoded(stored)
     for dtype, memory in itertools.product((np.float32, np.float64), (None, 0)):
         read = dsv3.Checkpoint(directory, cfg, dtype, memory)
         for name in read.shapes:
@@ -1442,8 +1242,8 @@ def test_memory_budgets_change_no_bit(tmp_path):
     """From no memory for decoded weights to more than all; what stays decoded is within the budget,
     and fills it."""
     cfg = replace(SMALL, vocab_size=300, hidden_size=96, intermediate_size=150,
-                  num_nextn_predict_layers=1)  # fmt: skip
-    directory = write_stored(tmp_path / "w", cfg, quantised(make_weights(cfg)))
+                  num_nextn_predict_layers=1)
+    directory = write_checkpoint(tmp_path / "w", cfg, quantised(make_weights(cfg)), 2, None)
     prompt, seen, kept = make_tokens(cfg, 0, 9).tolist(), [], {}
     for memory in (None, 10**8, 600_000, 100_000, 0):
         w = dsv3.Checkpoint(directory, cfg, memory=memory)
@@ -1465,7 +1265,7 @@ def test_memory_of_0_decodes_few_rows_at_a_time(tmp_path, monkeypatch):
     w, bands = make_weights(cfg), []
     head = quantised({"o_proj.weight": w.pop("lm_head.weight")})  # in FP8, unlike the release's
     stored = quantised(w) | {name.replace("o_proj", "lm_head"): x for name, x in head.items()}
-    directory = write_stored(tmp_path / "w", cfg, stored)
+    directory = write_checkpoint(tmp_path / "w", cfg, stored, 2, None)
     rows = dsv3.Stored.__getitem__
 
     def spied(self, key):
@@ -1525,16 +1325,8 @@ def fused(name):
     return re.sub(r"experts\.\d+\.down_proj.*", "experts.down_proj", name)
 
 
-def index(weight_map):
-    return lambda directory: index_says(directory, weight_map)
-
-
 def no_index(directory):
     (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
-
-
-def f32(*values):
-    return np.array(values, np.float32)
 
 
 def in_fp8(name, *shape):
@@ -1561,12 +1353,12 @@ DAMAGE = {  # what was done -> how, and what the refusal says
     "FP8 without scales": (drop(SCALE), SCALE),
     "scales of another grid": (store(**{SCALE: np.ones((2, 1), np.float32)}), SCALE),
     "scales in F64": (store(**{SCALE: np.ones((1, 1))}), SCALE),
-    "scale NaN": (store(**{SCALE: f32([np.nan])}), "scale_inv"),
-    "scale negative": (store(**{SCALE: f32([-1e-3])}), "scale_inv"),
+    "scale NaN": (store(**{SCALE: np.float32([np.nan])}), "scale_inv"),
+    "scale negative": (store(**{SCALE: np.float32([-1e-3])}), "scale_inv"),
     "FP8 norm": (in_fp8(NORM, 22), NORM),
     "FP8 embedding": (in_fp8(EMBED, 31, 22), EMBED),
-    "bias NaN": (store(**{BIAS: f32(*[0] * 11, np.nan)}), f"{BIAS} is not finite"),
-    "bias infinite": (store(**{BIAS: f32(*[0] * 11, np.inf)}), f"{BIAS} is not finite"),
+    "bias NaN": (store(**{BIAS: np.float32([0] * 11 + [np.nan])}), f"{BIAS} is not finite"),
+    "bias infinite": (store(**{BIAS: np.float32([0] * 11 + [np.inf])}), f"{BIAS} is not finite"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "config in Latin-1": (edit("config.json", lambda raw: b'{"x": "\xe9"}'), "config.json"),
     "config a list": (edit("config.json", lambda raw: b"[]"), "config.json"),
@@ -1575,14 +1367,14 @@ DAMAGE = {  # what was done -> how, and what the refusal says
     "other quantization": (edit_config(quantization_config={"quant_method": "awq"}), "'awq'"),
     "unnamed quantization": (edit_config(quantization_config={"fmt": "e4m3"}), "quant_method"),
     "quantization a string": (edit_config(quantization_config="fp8"), "quant"),
-    "shard elsewhere": (index({NORM: "../model.safetensors"}), "index.json"),
-    "shard the parent": (index({NORM: ".."}), ".."),
-    "shard of two lines": (index({NORM: "a\n\x1b[31mb"}), "index.json"),
-    "shard a number": (index({NORM: 1}), "index.json"),
-    "shard missing": (index({NORM: "model-2.safetensors"}), "model-2.safetensors"),
-    "tensor not in its shard": (index({"x": FILE}), "lack"),
+    "shard elsewhere": (lambda d: index_says(d, {NORM: "../model.safetensors"}), "index.json"),
+    "shard the parent": (lambda d: index_says(d, {NORM: ".."}), ".."),
+    "shard of two lines": (lambda d: index_says(d, {NORM: "a\n\x1b[31mb"}), "index.json"),
+    "shard a number": (lambda d: index_says(d, {NORM: 1}), "index.json"),
+    "shard missing": (lambda d: index_says(d, {NORM: "model-2.safetensors"}), "model-2.safetensors"),
+    "tensor not in its shard": (lambda d: index_says(d, {"x": FILE}), "lack"),
     "index without a map": (lambda d: (d / f"{FILE}.index.json").write_text("{}"), "weight_map"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -1605,173 +1397,58 @@ def test_checkpoint_damaged_is_refused_in_one_line(fp8, tmp_path, program, how):
     assert lines == [err.splitlines()[-1]]
 
 
-VALUE = re.compile(
-    rb'"[^"]*"|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null|\[[^][{}]*\]|\{[^{}]*\}'
-)
-STRANGE = [
-    b"-1", b"0", b"1", b"1.5", b"1e999", b"null", b"true", b"false", b'"1"', b'""', b"[]", b"{}",
-    b"[1]", b"4294967296", b"18446744073709551616", b"[0,4611686018427387904]", b'"F32"', b'"BF16"',
-    b'"F4"', b'"I64"', b'"__metadata__"', b'"model.norm.weight"', b'{"a":"b"}', b'".."', b"NaN",
-    b"9" * 5000, b"[" * 2000, b'"\\ud800"', b'"\xff"', b"\xef\xbb\xbf", b"\n", b"\0", b",", b"}",
-    b'"yarn"', b'"default"',
-]  # fmt: skip
-
-
-def spans(text, start, end):
-    """Where the values of a JSON text lie, those within lists and objects too."""
-    for found in VALUE.finditer(text, start, end):
-        yield found.span()
-        if found[0][:1] in b"[{":
-            yield from spans(text, found.start() + 1, found.end() - 1)
+SCALAR = re.compile(rb'"[^"]*"|-?[\d.]+(?:[eE][-+]?\d+)?|true|false|null')
+STRANGE = [b"-1", b"0", b"1.5", b"1e999", b"null", b"true", b'"1"', b"[]", b"{}", b"[1]", b"NaN",
+           b"18446744073709551616", b'"BF16"', b'"I64"', b'"__metadata__"', b'"model.norm.weight"',
+           b'".."', b"9" * 5000, b"[" * 2000, b'"\\ud800"', b'"\xff"', b"\n", b"\0", b"}"]
 
 
 @st.composite
 def edited(draw, text):
-    """The JSON of a sound file after one or two edits: another of its values, or a strange one,
-    in place of a value, before it, over some bytes, or in place of all the rest."""
+    """A JSON text with another of its values, or a strange one, in place of one or two."""
     for _ in range(draw(st.integers(1, 2))):
-        values = list(spans(text, 0, len(text))) or [(0, len(text))]
-        (a, b), (c, d) = draw(st.sampled_from(values)), draw(st.sampled_from(values))
-        new = draw(st.sampled_from([text[c:d], draw(st.sampled_from(STRANGE))]))
-        rest = draw(st.sampled_from([*[text[b:]] * 5, text[a:], text[a + 4 :], b""]))
-        text = text[:a] + new + rest
+        spans = [found.span() for found in SCALAR.finditer(text)] or [(0, len(text))]
+        (a, b), (c, d) = draw(st.sampled_from(spans)), draw(st.sampled_from(spans))
+        text = text[:a] + draw(st.sampled_from([text[c:d], *STRANGE])) + text[b:]
     return text
-
-
-@st.composite
-def edited_safetensors(draw, raw):
-    """A sound file with an edited header, its length right or not; with more bytes, or fewer."""
-    n = int.from_bytes(raw[:8], "little")
-    header = draw(edited(raw[8 : 8 + n]))
-    length = draw(st.sampled_from([*[len(header)] * 5, n, len(raw), 2**63]))
-    text = length.to_bytes(8, "little") + header + raw[8 + n :]
-    cut = text[: draw(st.integers(0, len(text)))]
-    return draw(st.sampled_from([*[text] * 6, text + b"more", cut]))
-
-
-def tensors_by_the_library(directory):
-    """The decoded tensors of a directory of shards, by safetensors and ml_dtypes alone."""
-    kinds = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
-    text, stored = (directory / "model.safetensors.index.json").read_bytes(), {}
-    for name, shard in json.loads(text)["weight_map"].items():
-        entry = dict(safetensors.deserialize((directory / shard).read_bytes())).get(name)
-        if entry and entry["dtype"] in kinds:
-            x = np.frombuffer(bytes(entry["data"]), kinds[entry["dtype"]])
-            stored[name] = x.reshape(entry["shape"])
-    return decoded(stored)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """A checkpoint of one layer: config.json, an index, two shards of FP8, BF16 and F32."""
     cfg = replace(SMALL, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=2,
-                  num_experts_per_tok=1, n_group=1, topk_group=1,
-                  num_nextn_predict_layers=0)  # fmt: skip
+                  num_experts_per_tok=1, n_group=1, topk_group=1, num_nextn_predict_layers=0)
     directory = tmp_path_factory.mktemp("sound") / "w"
-    return write_stored(directory, cfg, quantised(make_weights(cfg)))
+    return write_checkpoint(directory, cfg, quantised(make_weights(cfg)), 2, None)
 
 
-@settings(max_examples=int(os.environ.get("FUZZ", "150")))
+@settings(max_examples=int(os.environ.get("FUZZ", "100")))
 @given(st.data())
 def test_checkpoint_fuzzed_is_read_as_the_library_does_or_refused(sound, data):
     """FUZZ=20000 pytest -k fuzzed: of every file that differs from a sound one by a few edits."""
     path = sound / data.draw(st.sampled_from(sorted(path.name for path in sound.iterdir())))
-    raw, begun = path.read_bytes(), time.process_time()
+    raw, kinds = path.read_bytes(), {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
+    kinds["F8_E4M3"], stored = ml_dtypes.float8_e4m3fn, {}
+    n = int.from_bytes(raw[:8], "little") if path.suffix == ".safetensors" else None
+    text = data.draw(edited(raw if n is None else raw[8 : 8 + n]))
+    path.write_bytes(text if n is None else len(text).to_bytes(8, "little") + text + raw[8 + n :])
     try:
-        edits = edited if path.suffix == ".json" else edited_safetensors
-        path.write_bytes(data.draw(edits(raw)))
         w = dsv3.Checkpoint(sound, dsv3.read_config(sound), memory=2**20)
         got = {name: np.array(whole(w[name])) for name in w.shapes}
-        assert np.isfinite(dsv3.rope_frequencies(w.cfg)).all() and dsv3.softmax_scale(w.cfg) > 0
-        expected = tensors_by_the_library(sound)
+        weight_map = json.loads((sound / "model.safetensors.index.json").read_bytes())["weight_map"]
+        for name, shard in weight_map.items():
+            entry = dict(safetensors.deserialize((sound / shard).read_bytes())).get(name)
+            if entry and entry["dtype"] in kinds:
+                x = np.frombuffer(bytes(entry["data"]), kinds[entry["dtype"]])
+                stored[name] = x.reshape(entry["shape"])
     except dsv3.InputError as refusal:
         assert str(refusal).isprintable() and len(str(refusal)) < 1000
         return
     finally:
         path.write_bytes(raw)
-        assert time.process_time() - begun < 10
     for name, x in got.items():
-        assert x.dtype == np.float32 and np.array_equal(x, expected[name], equal_nan=True), name
-
-
-def write_true_width(directory, layers):
-    """A checkpoint in the release's form and widths, of random weights, with an MTP module; an
-    index, and one shard per layer, written a piece at a time."""
-    cfg = replace(dsv3.Config(), num_hidden_layers=layers, first_k_dense_replace=1)
-    rng, shards, weight_map = np.random.default_rng(0), {}, {}
-    normal = rng.standard_normal(2**22, np.float32)
-    half, code = normal.astype(ml_dtypes.bfloat16), (64 * normal).astype(ml_dtypes.float8_e4m3fn)
-    for name, shape in dsv3.tensor_shapes(cfg).items():
-        tensors = shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})
-        norm = math.sqrt(shape[-1])
-        if len(shape) == 1:
-            tensors[name] = ("F32", shape, np.full(shape, "norm" in name, np.float32))
-        elif is_fp8(name):
-            grid = [-(-n // 128) for n in shape]
-            scale = (rng.uniform(0.5, 1.5, grid) / 64 / norm).astype(np.float32)
-            tensors[name] = ("F8_E4M3", shape, code)
-            tensors[f"{name}_scale_inv"] = ("F32", scale.shape, scale)
-        else:
-            small = half if "embed" in name else (half / np.float32(norm)).astype(half.dtype)
-            tensors[name] = ("BF16", shape, small)
-    for shard, tensors in shards.items():
-        header, end = {}, 0
-        for name, (dtype, shape, x) in tensors.items():
-            begin, end = end, end + math.prod(shape) * x.itemsize
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-            weight_map[name] = f"model-{shard}.safetensors"
-        with (directory / f"model-{shard}.safetensors").open("wb") as file:
-            text = json.dumps(header).encode()
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, shape, x in tensors.values():
-                for left in range(math.prod(shape), 0, -x.size):
-                    file.write(x.ravel()[:left].tobytes())
-    (directory / "config.json").write_text(json.dumps(config_json(cfg)))
-    index_says(directory, weight_map)
-    return cfg
-
-
-@pytest.mark.width
-def test_width_of_the_671b_model_runs_in_6_gb(tmp_path):
-    """One dense layer, one with experts, an MTP module: the program's own statistics, the experts'
-    sum in float32 against float64, and the time of each kind of layer with nothing kept."""
-    if shutil.disk_usage(tmp_path).free < 40e9:
-        pytest.skip(f"needs 40 GB of disk at {tmp_path} (--basetemp DIR elsewhere)")
-    try:
-        cfg = write_true_width(tmp_path, 2)
-        flags = ["--tokens", "1 2 3 4 5", "--memory", 3, "-n", 5, "--mtp"]
-        code, out, err = cli("--weights", tmp_path, *flags)
-        print("\n" + err, end="")
-        peak = float(re.search(r"peak memory (\d+) MB", err)[1])
-        assert code == 0 and len(out.split()) == 5 and peak < 6000
-        time_layers(tmp_path, cfg)
-    finally:
-        shutil.rmtree(tmp_path)
-
-
-def time_layers(directory, cfg):
-    x, sums = np.random.default_rng(1).standard_normal((1, cfg.hidden_size)), []
-    for dtype in (np.float64, np.float32):
-        w = dsv3.Checkpoint(directory, cfg, dtype, memory=0)
-        sums.append(dsv3.moe(x.astype(dtype), w, "model.layers.1.mlp", cfg, dsv3.moe_chosen))
-    assert_close(sums[1], sums[0], 1e-5)
-    x, total = x.astype(np.float32), 0
-    rotation = dsv3.rotations(0, 1, cfg, x.dtype)
-
-    def block(layer):
-        attend = functools.partial(dsv3.mla_cached, dsv3.Cache(1))
-        return dsv3.block(x, w, layer, cfg, rotation, attend, dsv3.moe_chosen)
-
-    for label, count, step in (("dense layer", 3, lambda: block(0)),
-                               ("layer with experts", 58, lambda: block(1)),
-                               ("head", 1, lambda: dsv3.head(x, w))):  # fmt: skip
-        start = time.perf_counter()
-        for _ in range(3):
-            step()
-        seconds = (time.perf_counter() - start) / 3
-        total += count * seconds
-        print(f"{label:20} {seconds:7.3f} s  x {count}")
-    print(f"{'a token, 61 layers':20} {total:7.1f} s")
+        expected = decoded(stored)[name]
+        assert x.dtype == np.float32 and np.array_equal(x, expected, equal_nan=True), name
 
 
 # ---- 11. The program -----------------------------------------------------------------------------
@@ -1949,7 +1626,9 @@ def test_help_names_the_flags(capsys):
     (["--tokens=-1"], "-1"), (["--tokens", "9" * 30], "9" * 20), (["--tokens", "0 " * 513], "513"),
     (["--tokens", "1", "-n", "512"], "tokens"), (["--tokens", "1", "--tokens", "31"], "31"),
     (["--tokens", "1", "--weights", "no-such-directory"], "no-such-directory"),
+    (["--tokens", "1", "--weights", __file__], ".py is no directory"),
     (["--temperature", "-1"], "temperature"), (["--temp", "nan"], "temperature"),
+    (["--temp", "inf"], "temperature"),
     (["--top-p", "0"], "top"), (["--top-p", "1.01"], "top"), (["--top-p", "nan"], "top"),
     (["--top-k", "-1"], "top"), (["--seed", "-1"], "seed"),
     (["--dtype", "int8"], "--dtype"), (["--device", "tpu"], "--device"),
@@ -1957,16 +1636,10 @@ def test_help_names_the_flags(capsys):
     (["--chunk", "0"], "--chunk"), (["--prompt", "x"], "--tokens"),
     (["--tokens", "1", "--trace", "t.npz"], ".safetensors"),
     (["--tokens", "1", "--tokens", "2", "--trace", "t.safetensors"], "one prompt"),
-])  # fmt: skip
+])
 def test_request_refused_is_one_line_and_exit_code_2(small, program, args, word):
     code, out, err = program(*([] if "--weights" in args else ["--weights", small]), *args)
     assert (code, out, err.count("\n")) == (2, "", 1) and word in err and len(err) < 500
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_request_of_a_file_is_told_that_a_directory_is_wanted(small, program, name):
-    code, out, err = program("--weights", small / name, "--tokens", "1")
-    assert (code, out, err.count("\n")) == (2, "", 1) and name in err and "directory" in err
 
 
 def test_request_too_large_for_the_memory_is_one_line(small, program, monkeypatch):
@@ -1994,7 +1667,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, program):
 
 @pytest.mark.parametrize("width, flags, drafts", [
     (512, [], True), (514, [], False), (512, ["--no-mtp"], False), (514, ["--mtp"], True),
-])  # fmt: skip
+])
 def test_speculation_is_the_default_in_small_models(program, tmp_path, width, flags, drafts):
     cfg = replace(SMALL, hidden_size=width)
     write_checkpoint(tmp_path / "w", cfg, make_weights(cfg))
@@ -2005,9 +1678,9 @@ def test_speculation_is_the_default_in_small_models(program, tmp_path, width, fl
 @pytest.mark.parametrize("generation, config, ends", [
     (None, 1, [1]), (None, None, []), (None, [1, 2], [1, 2]),
     ({"eos_token_id": [3, 4]}, 1, [3, 4]), ({"eos_token_id": 5}, 1, [5]), ({}, 7, [7]),
-])  # fmt: skip
+])
 def test_end_tokens_of_either_file_end_a_text(fp8, tmp_path, program, scripted, generation, config,
-                                              ends):  # fmt: skip
+                                              ends):
     directory = shutil.copytree(fp8, tmp_path / "w")
     edit_config(eos_token_id=config)(directory)
     if generation is not None:
@@ -2020,7 +1693,7 @@ def test_end_tokens_of_either_file_end_a_text(fp8, tmp_path, program, scripted, 
 @pytest.mark.parametrize("error", [
     ImportError("no reason in one line\nor two"), Exception("no reason in one line\n"),
     ModuleNotFoundError("no reason in one line", name="fastrlock"), None,
-])  # fmt: skip
+])
 def test_device_auto_says_why_it_takes_the_cpu(small, program, monkeypatch, error):
     """None: there is no CuPy, and no word about it."""
     broken = types.SimpleNamespace(ones=raising(error))
@@ -2059,16 +1732,7 @@ def test_text_is_never_printed_by_half_characters(program, scripted, monkeypatch
     assert not any("\ufffd" in piece for piece in pieces) and pieces[0] == words[0]
 
 
-def test_text_that_ends_within_a_character_is_complete(program, scripted):
-    tokenizer = shipped_tokenizer()
-    ids = tokenizer.encode("x\U0001f600", add_special_tokens=False).ids
-    for n in range(len(ids) + 1):
-        scripted.made = ids[:n]
-        code, out, _ = program("-p", "x", "-n", n)
-        assert (code, out) == (0, tokenizer.decode(ids[:n]) + "\n")
-    assert tokenizer.decode(ids[:-1]) == "x\ufffd"
-
-
+@example(shipped_tokenizer().encode("x\U0001f600", add_special_tokens=False).ids[:-1])
 @given(ids=st.lists(st.integers(2, 2047), max_size=30))
 def test_text_is_that_of_all_its_tokens(ids):
     """Whatever the model says, invalid UTF-8 too."""
@@ -2092,7 +1756,7 @@ def test_text_begins_with_one_bos(program, scripted, tmp_path):
         assert empty == [0] and tom[0] == 0 and tom.count(0) == 1 and len(tom) > 1
     assert twice == tom
     none = shipped_with(tmp_path / "v", tokenizer=tokenizer.to_str(),
-                        tokenizer_config={"bos_token": bos})  # fmt: skip
+                        tokenizer_config={"bos_token": bos})
     program("--weights", none, "-p", "Tom")
     assert scripted.asked[-1][0] == tom[1:]
 
@@ -2111,7 +1775,7 @@ def test_text_is_not_cut_by_the_tokenizers_own_limits(program, scripted, tmp_pat
     ({"tokenizer": '{"model": 1}'}, "tokenizer.json"), ({"tokenizer": None}, "--tokens"),
     ({"tokenizer_config": "{"}, "tokenizer_config.json"),
     ({"generation_config": "[]"}, "generation_config.json"),
-])  # fmt: skip
+])
 def test_text_files_malformed_are_refused_in_one_line(program, tmp_path, files, word):
     code, out, err = program("--weights", shipped_with(tmp_path / "w", **files), "-n", 1)
     assert (code, out, err.count("\n")) == (2, "", 1) and word in err
@@ -2172,7 +1836,7 @@ def shipped():
     return types.SimpleNamespace(
         cfg=dsv3.read_config(WEIGHTS), story=index["shipped_story"], text=index["shipped"],
         greedy=expected["shipped_story/0/tokens"].tolist(), logits=expected["shipped/lm_head"],
-    )  # fmt: skip
+    )
 
 
 def test_shipped_model_has_all_of_the_structure(shipped):
@@ -2268,7 +1932,7 @@ def on_the_cpu():
 def gpu_agrees_with_numpy_and_hugging_face(shipped, tmp_path):
     """float64 to 1e-12 of the largest value, float32 to 3e-5; the shipped model as HF has it."""
     plain = replace(SMALL, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2,
-                    rope_scaling=None)  # fmt: skip
+                    rope_scaling=None)
     precisions, prompt = [(np.float64, 1e-12), (np.float32, 3e-5)], make_tokens(SMALL, 0, 11)
     for cfg, (dtype, tolerance) in itertools.product([SMALL, plain], precisions):
         w = make_weights(cfg, dtype=dtype)
@@ -2309,7 +1973,7 @@ def gpu_tells_the_shipped_story(shipped, tmp_path):
 
 
 def gpu_streams_what_does_not_fit(shipped, tmp_path):
-    directory = write_stored(tmp_path / "w", SMALL, quantised(make_weights(SMALL)))
+    directory = write_checkpoint(tmp_path / "w", SMALL, quantised(make_weights(SMALL)), 2, None)
     prompt = make_tokens(SMALL, 0, 9).tolist()
 
     def run(memory):
@@ -2326,7 +1990,7 @@ def gpu_streams_what_does_not_fit(shipped, tmp_path):
 
 
 GPU_CHECKS = [gpu_agrees_with_numpy_and_hugging_face, gpu_tells_the_shipped_story,
-              gpu_streams_what_does_not_fit]  # fmt: skip
+              gpu_streams_what_does_not_fit]
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ from test_deepseek_v3 import (
     make_weights,
     quantised,
     shipped,
-    write_stored,
+    write_checkpoint,
 )
 
 API = json.loads(Path(__file__).with_name("cupy_api.json").read_text())
@@ -303,7 +303,7 @@ def test_cupys_rules_leave_numpys_bits(tmp_path, monkeypatch, name, memory, dtyp
     if name == "fp8":
         cfg = replace(SMALL, vocab_size=4, num_nextn_predict_layers=1)
         prompts = [[1, 2, 3, 0, 1], [3]]
-        directory = write_stored(tmp_path / "w", cfg, quantised(make_weights(cfg)))
+        directory = write_checkpoint(tmp_path / "w", cfg, quantised(make_weights(cfg)), 2, None)
     expected = everything(directory, cfg, prompts, dtype, memory)
     monkeypatch.setattr(dsv3, "xp", Strict())
     got = everything(directory, cfg, prompts, dtype, memory)

@@ -1,7 +1,7 @@
 """The trainer: the forms it puts into the page equal the page's, and a run may stop and go on.
 
 pip install jax optax tqdm ml_dtypes
-pytest weights/test_train.py
+pytest -m training
 """
 
 import functools
@@ -22,6 +22,8 @@ pytest.importorskip("tqdm", reason="training needs tqdm")
 sys.path.insert(0, str(Path(__file__).parent))
 import train  # noqa: E402
 from train import dsv3  # noqa: E402
+
+pytestmark = pytest.mark.training
 
 REPLACED = ["xp", "top_k", "softmax"]
 PAGE = {name: getattr(dsv3, name) for name in REPLACED}
