@@ -971,24 +971,23 @@ def test_generation_of_any_magnitude_makes_no_warning(dtype, factor):
         assert all(np.isfinite(x).all() for x in named.values())
 # ---- 9. Configuration ----------------------------------------------------------------------------
 
+YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}
 RELEASE = {  # the release's config.json, abridged to what matters
     "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168,
     "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
     "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1,
-    "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
-    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
-    "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
-    "norm_topk_prob": True, "hidden_act": "silu", "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-06, "rope_theta": 10000, "tie_word_embeddings": False,
-    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
-                     "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
-                     "type": "yarn"},
+    "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8,
+    "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True,
+    "hidden_act": "silu", "max_position_embeddings": 163840, "rms_norm_eps": 1e-06,
+    "rope_theta": 10000, "tie_word_embeddings": False, "rope_scaling": YARN,
     "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     "moe_layer_freq": 1, "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 1,
-    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-                            "weight_block_size": [128, 128]},
+    "quantization_config": FP8,
 }
-YARN = RELEASE["rope_scaling"]
 GLM_4_7_FLASH = {  # likewise
     "model_type": "glm4_moe_lite", "attention_bias": False, "hidden_act": "silu",
     "hidden_size": 2048, "intermediate_size": 10240, "max_position_embeddings": 202752,
@@ -997,10 +996,10 @@ GLM_4_7_FLASH = {  # likewise
     "n_shared_experts": 1, "routed_scaling_factor": 1.8, "num_experts_per_tok": 4,
     "first_k_dense_replace": 1, "num_hidden_layers": 47, "num_key_value_heads": 20,
     "num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "rope_theta": 1000000, "tie_word_embeddings": False,
-    "dtype": "bfloat16", "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64, "v_head_dim": 256, "vocab_size": 154880,
-    "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
+    "rope_scaling": None, "rope_theta": 1000000, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+    "v_head_dim": 256, "vocab_size": 154880, "eos_token_id": [154820, 154827, 154829],
+    "pad_token_id": 154820,
 }
 
 
@@ -1029,13 +1028,9 @@ def test_config_in_both_spellings_is_one():
 
 
 def test_config_absent_keys_mean_what_v3_has_or_are_named():
-    means = {f.name: f.default for f in fields(dsv3.Config)
-             if f.name in ("routed_scaling_factor", "rms_norm_eps", "max_position_embeddings",
-                           "rope_theta", "num_nextn_predict_layers")}
+    means = {name: getattr(dsv3.Config(), name) for name in dsv3.OPTIONAL}
     means |= {"q_lora_rank": None, "rope_scaling": None}
-    implied = ("norm_topk_prob", "scoring_func", "topk_method", "moe_layer_freq", "hidden_act",
-               "attention_bias", "tie_word_embeddings", "model_type", "num_key_value_heads",
-               "quantization_config")
+    implied = [*dsv3.SUPPORTED, "num_key_value_heads", "quantization_config"]
     for absent in (without, lambda keys, *names: keys | dict.fromkeys(names)):
         assert dsv3.parse_config(absent(RELEASE, *implied)) == dsv3.Config()
         for f in fields(dsv3.Config):
@@ -1591,25 +1586,19 @@ def test_trace_is_written_and_nothing_generated(small, tmp_path, program):
 
 
 def test_trace_is_written_whole_or_not_at_all(small, tmp_path, program, monkeypatch):
+    def half(self, data):
+        self.write_text("half")
+        raise OSError(28, "No space left")
+
     path = tmp_path / "t.safetensors"
     path.write_text("as it was")
-    flags = ["--weights", small, "--tokens", "1", "--trace", path]
-
-    def half(error):
-        def write_bytes(self, data):
-            self.write_text("half")
-            raise error
-
-        return write_bytes
-
-    for error, code in ((OSError(28, "No space left"), 2), (KeyboardInterrupt(), 130)):
-        with monkeypatch.context() as patch:
-            patch.setattr(dsv3.Path, "write_bytes", half(error))
-            got, out, err = program(*flags)
-        assert (got, out) == (code, "") and ("No space left" in err) == (code == 2)
-        assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
-    code, out, err = program(*flags[:-1], tmp_path / "none" / "t.safetensors")
+    flags = ["--weights", small, "--tokens", "1", "--trace"]
+    code, out, err = program(*flags, tmp_path / "none" / "t.safetensors")
     assert (code, out, err.count("\n")) == (2, "", 1) and "none" in err
+    monkeypatch.setattr(dsv3.Path, "write_bytes", half)
+    code, out, err = program(*flags, path)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "No space left" in err
+    assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
 
 
 def test_help_names_the_flags(capsys):
@@ -1956,37 +1945,37 @@ def gpu_agrees_with_numpy_and_hugging_face(shipped, tmp_path):
 
 def gpu_tells_the_shipped_story(shipped, tmp_path):
     """Greedy: the tokens of Hugging Face. Sampled: those that NumPy draws from the same seed."""
-    (prompt,), cfg, sampling = shipped.story["prompts"], shipped.cfg, dsv3.Sampling(0.7, seed=3)
+    (prompt,), cfg = shipped.story["prompts"], shipped.cfg
 
-    def run(n, *sampling):
+    def run(n, **options):
         w = dsv3.Checkpoint(WEIGHTS, cfg)
-        return list(dsv3.generate(prompt, w, cfg, n, *sampling, speculate=speculate))
+        return list(dsv3.generate(prompt, w, cfg, n, **options))
 
     for speculate in (False, True):
         start = time.perf_counter()
-        assert run(len(shipped.greedy)) == shipped.greedy
+        assert run(len(shipped.greedy), speculate=speculate) == shipped.greedy
         seconds = time.perf_counter() - start
         print(f"{len(shipped.greedy)} tokens, speculation {speculate}: {seconds:.1f} s")
-        sampled = run(20, sampling)
+        options = {"sampling": dsv3.Sampling(0.7, seed=3), "speculate": speculate}
+        sampled = run(20, **options)
         with on_the_cpu():
-            assert sampled == run(20, sampling)
+            assert sampled == run(20, **options)
 
 
 def gpu_streams_what_does_not_fit(shipped, tmp_path):
-    directory = write_checkpoint(tmp_path / "w", SMALL, quantised(make_weights(SMALL)), 2, None)
+    w = quantised(make_weights(SMALL))
+    directory = write_checkpoint(tmp_path / "w", SMALL, w, 2, None)
     prompt = make_tokens(SMALL, 0, 9).tolist()
 
     def run(memory):
         w = dsv3.Checkpoint(directory, SMALL, np.float64, memory)
-        logits = dsv3.trace(prompt, w, SMALL)["lm_head"]
-        return logits, list(dsv3.generate(prompt, w, SMALL, 9))
+        return dsv3.trace(prompt, w, SMALL)["lm_head"], list(dsv3.generate(prompt, w, SMALL, 9))
 
     with on_the_cpu():
         logits, tokens = run(None)
-    for memory in (None, 40_000, 0):
-        got = run(memory)
-        assert_close(got[0], logits)
-        assert got[1] == tokens
+    for got_logits, got_tokens in map(run, (None, 40_000, 0)):
+        assert_close(got_logits, logits)
+        assert got_tokens == tokens
 
 
 GPU_CHECKS = [gpu_agrees_with_numpy_and_hugging_face, gpu_tells_the_shipped_story,
