@@ -566,30 +566,21 @@ def test_objective_as_printed(cfg, seed):
     assert_close(dsv3.training_objective(w, tokens, cfg)[0], default)
 
 
-@pytest.mark.parametrize("absent, depth", [((), 2), ((3,), 0), ((4,), 1), ((3, 4), 0)])
-def test_mtp_depth_ends_at_the_first_absent_module(absent, depth):
-    w = make_weights(SMALL)
-    w = {n: x for n, x in w.items() if not any(f"layers.{i}." in n for i in absent)}
-    assert dsv3.mtp_depth(w, SMALL) == depth
-    assert sum(n.endswith("shared_head") for n in dsv3.trace([1, 2, 3], w, SMALL)) == depth
-
-
 # ---- Names tell the shapes -----------------------------------------------------------------------
 
 CALL = "TSJXY"  # letters that a call sizes; each has one size within a function
 LETTERS = replace(SMALL, qk_rope_head_dim=18)  # every other letter has a size of its own
 
 
-def shapes_that_lie(run, cfg):
-    """Run; as each function of the page returns, compare its arrays with their suffixes.
-    -> (lies, suffixes seen)"""
+def test_names_tell_the_shapes():
+    """As each function of the page returns, its arrays have the shapes that their names tell."""
+    cfg, w, lies, seen = LETTERS, make_weights(LETTERS), [], set()
     sizes = [cfg.hidden_size, cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim,
              cfg.v_head_dim, cfg.kv_lora_rank, cfg.q_lora_rank, cfg.n_routed_experts,
              cfg.num_experts_per_tok, cfg.n_group, cfg.vocab_size, cfg.qk_rope_head_dim // 2,
              cfg.kv_lora_rank + cfg.qk_rope_head_dim]
     fixed = dict(zip("DHNRVCQEKGWPL", sizes, strict=True))
     assert len(set(sizes)) == len(sizes)
-    lies, seen = [], set()
 
     def look(frame, event, _):
         if event != "return" or frame.f_code.co_filename != dsv3.__file__:
@@ -606,24 +597,14 @@ def shapes_that_lie(run, cfg):
 
     sys.setprofile(look)
     try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return lies, seen
-
-
-def test_names_tell_the_shapes():
-    cfg, w = LETTERS, make_weights(LETTERS)
-
-    def run():
         for chunk in (None, 1, 3):
             dsv3.trace([1, 2, 3, 4, 5], w, cfg, chunk)
         prompt = make_tokens(cfg, 1, 40).tolist()
         list(dsv3.generate(prompt, w, cfg, 5, dsv3.Sampling(1.0, top_k=7, top_p=0.9)))
         load = dsv3.training_objective(w, make_tokens(cfg, 2, 9), cfg)[1]["load"]
         dsv3.update_bias(np.zeros(12), next(iter(load.values())), 0.1)
-
-    lies, seen = shapes_that_lie(run, cfg)
+    finally:
+        sys.setprofile(None)
     assert not lies, "\n".join(lies[:5])
     key = set(re.findall(r"\b[A-Z](?=  |, Y  )", dsv3.__doc__))  # the header's
     assert len(seen) > 40 and set("".join(seen)) == key
@@ -845,15 +826,11 @@ def test_speculation_has_exactly_the_main_models_distribution(sampling, n, stop)
 NUMBERS = st.integers(0, 9)
 
 
-@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=5), st.booleans(), st.data())
-def test_speculation_verify_makes_p_of_q(weights, nearly, data):
-    """From drafts drawn from any q, one that is p but for rounding too, it draws p."""
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=5))
+def test_speculation_verify_makes_p_of_q(weights):
+    """From drafts drawn from any q it draws p."""
     p, q = np.array(weights, float).T + 1e-3 * (np.arange(len(weights)) == 0)
     p, q, total = p / p.sum(), q / q.sum(), np.zeros(len(weights))
-    if nearly:
-        ulps = [data.draw(st.integers(-2, 2)) for _ in p]
-        q = [x if x in (0, 1) else x + n * math.ulp(x) for x, n in zip(p, ulps, strict=True)]
-        q = np.array(q)
     for draft in np.flatnonzero(q):
         for chance, (accepted, token) in paths(lambda rng: dsv3.verify(p, q, draft, rng)):
             assert token == draft if accepted else p[token] > 0
@@ -1062,8 +1039,7 @@ def yarn_with(**changes):
     ({"first_k_dense_replace": 61}, "first_k_dense_replace"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
     ({"attention_bias": True}, "attention_bias True"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ({"rope_interleave": False}, "rope_interleave False"),
@@ -1114,6 +1090,9 @@ def test_inspect_counts_what_is_published_of_the_671b_model(tmp_path, program):
     assert len(shapes) + len(scaled) + 2 == 91_991  # the MTP module's copies of embedding and head
 
 
+ABSENT = "model.layers.3.eh_proj.weight"
+
+
 @pytest.mark.parametrize("present, shards", [(0, 1), (1, 2), (2, 1)])
 def test_mtp_modules_are_those_that_are_there(tmp_path, program, present, shards):
     cfg = replace(SMALL, num_nextn_predict_layers=present)
@@ -1121,6 +1100,8 @@ def test_mtp_modules_are_those_that_are_there(tmp_path, program, present, shards
     w = dsv3.Checkpoint(directory, SMALL)
     assert w.shapes == dsv3.tensor_shapes(cfg) and w.cfg == cfg
     assert dsv3.mtp_depth(w, SMALL) == present
+    logits = [name for name in dsv3.trace([1, 2, 3], w, SMALL) if name.endswith("shared_head")]
+    assert len(logits) == present and dsv3.mtp_depth(w.shapes.keys() - {ABSENT}, SMALL) == 0
     code, out, err = program("--weights", directory, "--inspect")
     sizes = {name: math.prod(shape) for name, shape in w.shapes.items()}
     modules = sum(n for name, n in sizes.items() if re.match(r"model\.layers\.[34]\.", name))
@@ -1255,26 +1236,18 @@ def test_memory_budgets_change_no_bit(tmp_path):
 
 
 def test_memory_of_0_decodes_few_rows_at_a_time(tmp_path, monkeypatch):
-    """Whole blocks of 128 rows, the last one cropped."""
-    cfg = replace(SMALL, vocab_size=300, num_nextn_predict_layers=0)
-    w, bands = make_weights(cfg), []
-    head = quantised({"o_proj.weight": w.pop("lm_head.weight")})  # in FP8, unlike the release's
-    stored = quantised(w) | {name.replace("o_proj", "lm_head"): x for name, x in head.items()}
-    directory = write_checkpoint(tmp_path / "w", cfg, stored, 2, None)
-    rows = dsv3.Stored.__getitem__
-
-    def spied(self, key):
-        if self.kind == "F8_E4M3":
-            bands.append(key.stop)
-        return rows(self, key)
-
-    monkeypatch.setattr(dsv3.Stored, "__getitem__", spied)
+    """Whole blocks of 128 rows, the last one cropped; of FP8, unlike the release's head."""
+    cfg, bands, decode = replace(SMALL, vocab_size=300), [], dsv3.dequantize
+    head = quantised({"o_proj.weight": make_weights(cfg)["lm_head.weight"]})
+    stored = {name.replace("o_proj", "lm_head"): x for name, x in head.items()}
+    directory = write_checkpoint(tmp_path / "w", cfg, make_weights(cfg) | stored, 2, None)
+    monkeypatch.setattr(dsv3, "dequantize", lambda *it: bands.append(len(it[0])) or decode(*it))
     head = dsv3.Checkpoint(directory, cfg, memory=0)["lm_head.weight"]
     x, expected = np.eye(22, dtype=np.float32)[:3], decoded(stored)["lm_head.weight"]
-    for most, ends in ((1, [128, 256, 300]), (22 * 300, [256, 300]), (22 * 400, [300])):
+    for most, rows in ((1, [128, 128, 44]), (22 * 300, [256, 44]), (22 * 400, [300])):
         monkeypatch.setattr(dsv3, "MAX_DECODED", most)
         bands.clear()
-        assert np.array_equal(x @ head.T, x @ expected.T) and bands == ends
+        assert np.array_equal(x @ head.T, x @ expected.T) and bands == rows
 
 
 def edit(name, change):
@@ -1300,12 +1273,8 @@ def store(**changes):
     return tensors(lambda w: w | changes)
 
 
-def rename(change):
+def renamed(change):
     return tensors(lambda w: {change(name): x for name, x in w.items()})
-
-
-def drop(name):
-    return tensors(lambda w: without(w, name))
 
 
 def entry_as_a_list(raw):
@@ -1318,10 +1287,6 @@ def fused(name):
     """As transformers 5 holds them in memory."""
     name = re.sub(r"experts\.\d+\.(gate|up)_proj.*", "experts.gate_up_proj", name)
     return re.sub(r"experts\.\d+\.down_proj.*", "experts.down_proj", name)
-
-
-def no_index(directory):
-    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
 
 
 def in_fp8(name, *shape):
@@ -1337,15 +1302,16 @@ DAMAGE = {  # what was done -> how, and what the refusal says
     "cut": (edit(FILE, lambda raw: raw[:-10]), FILE),
     "entry as a list": (edit(FILE, entry_as_a_list), "is no object"),
     "no weights": (lambda d: (d / FILE).unlink(), "config.json"),
-    "shards without an index": (no_index, "model-00001-of-00001.safetensors"),
+    "shards without an index": (lambda d: (d / FILE).rename(d / "model-1-of-1.safetensors"),
+                                "model-1-of-1.safetensors"),
     "PyTorch's format": (lambda d: (d / FILE).rename(d / "pytorch_model.bin"), "pytorch_model.bin"),
-    "missing tensor": (drop(NORM), f"lack {NORM}"),
-    "a prefix": (rename(lambda name: f"language_model.{name}"), "have is language_model."),
-    "no prefix": (rename(lambda name: name.removeprefix("model.")), f"lack {EMBED}"),
-    "fused experts": (rename(fused), "have is model.layers.1.mlp.experts."),
+    "missing tensor": (tensors(lambda w: without(w, NORM)), f"lack {NORM}"),
+    "a prefix": (renamed(lambda name: f"language_model.{name}"), "have is language_model."),
+    "no prefix": (renamed(lambda name: name.removeprefix("model.")), f"lack {EMBED}"),
+    "fused experts": (renamed(fused), "have is model.layers.1.mlp.experts."),
     "integers": (store(**{NORM: np.ones(22, np.int32)}), f"{NORM} has dtype I32"),
     "wrong shape": (store(**{"lm_head.weight": np.ones((22, 31), np.float32)}), "lm_head.weight"),
-    "FP8 without scales": (drop(SCALE), SCALE),
+    "FP8 without scales": (tensors(lambda w: without(w, SCALE)), SCALE),
     "scales of another grid": (store(**{SCALE: np.ones((2, 1), np.float32)}), SCALE),
     "scales in F64": (store(**{SCALE: np.ones((1, 1))}), SCALE),
     "scale NaN": (store(**{SCALE: np.float32([np.nan])}), "scale_inv"),
@@ -1366,7 +1332,7 @@ DAMAGE = {  # what was done -> how, and what the refusal says
     "shard the parent": (lambda d: index_says(d, {NORM: ".."}), ".."),
     "shard of two lines": (lambda d: index_says(d, {NORM: "a\n\x1b[31mb"}), "index.json"),
     "shard a number": (lambda d: index_says(d, {NORM: 1}), "index.json"),
-    "shard missing": (lambda d: index_says(d, {NORM: "model-2.safetensors"}), "model-2.safetensors"),
+    "shard missing": (lambda d: index_says(d, {NORM: "no.safetensors"}), "no.safetensors"),
     "tensor not in its shard": (lambda d: index_says(d, {"x": FILE}), "lack"),
     "index without a map": (lambda d: (d / f"{FILE}.index.json").write_text("{}"), "weight_map"),
 }
@@ -1645,13 +1611,6 @@ def test_memory_is_taken_freely_where_the_system_tells_nothing(small, program, m
     assert code == 0 and STATISTICS.fullmatch(err) and "peak memory 0 MB" in err
     w = dsv3.Checkpoint(small, SMALL, np.float64)
     assert isinstance(w["lm_head.weight"], np.ndarray)
-
-
-def test_logits_that_are_not_finite_are_refused(tmp_path, program):
-    w = make_weights(SMALL) | {"lm_head.weight": np.full((31, 22), np.nan)}
-    write_checkpoint(tmp_path / "w", SMALL, w)
-    code, out, err = program("--weights", tmp_path / "w", "--tokens", "1")
-    assert code == 2 and not out.strip() and "finite" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("width, flags, drafts", [
