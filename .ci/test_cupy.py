@@ -218,7 +218,7 @@ class Strict:
 
     def __init__(self, free=2**40):
         self.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(memGetInfo=lambda: (free, 2**40)))
-        self.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 0)
+        self.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 5 * 10**6)
 
     def __getattr__(self, name):
         if name.startswith("_") or name not in API["names"]:
@@ -316,6 +316,15 @@ def test_cupys_rules_leave_numpys_bits(tmp_path, monkeypatch, name, memory, dtyp
 @pytest.mark.parametrize("check", GPU_CHECKS)
 def test_gpu_checks_on_the_stand_in(check, shipped, device, tmp_path):
     check(shipped, tmp_path)
+
+
+def test_the_program_runs_and_tells_the_pools_memory(device, capsys, monkeypatch):
+    monkeypatch.setattr(dsv3, "choose_device", lambda wanted, xp=dsv3.xp: xp)
+    assert dsv3.main(["-n", "5"]) == 0
+    on_device, said = capsys.readouterr()
+    assert "drafted 0" not in said and said.endswith("peak memory 5 MB\n")
+    monkeypatch.undo()
+    assert dsv3.main(["-n", "5", "--device", "cpu"]) == 0 and capsys.readouterr().out == on_device
 
 
 @pytest.mark.parametrize("speculate", [False, True])
