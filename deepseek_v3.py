@@ -562,10 +562,10 @@ def attention_in_pieces(q_THX, k_SJX, v_SJY, scale):
         for heads in slices(J, max(1, limit // (n * shared * S))):
             part = q[heads, tokens].reshape(-1, n * shared, X)
             score = part @ k[heads, :seen].swapaxes(1, 2)
-            if n > 1:  # one query alone sees all
-                visible = xp.arange(seen) <= xp.arange(seen - n, seen)[:, None, None]
-                score = score.reshape(-1, n, shared, seen)
-                score = xp.where(visible, score, -xp.inf).reshape(-1, n * shared, seen)
+            if n > 1:  # all see what is before these n tokens; one token alone, itself too
+                later = xp.arange(n) > xp.arange(n)[:, None, None]
+                own = score.reshape(-1, n, shared, seen)[..., seen - n :]
+                xp.copyto(own, -xp.inf, where=later)
             score -= xp.max(score, axis=-1, keepdims=True)
             xp.exp(score, out=score)
             o = (score @ v[heads, :seen]) / xp.sum(score, axis=-1, keepdims=True)

@@ -192,11 +192,11 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, c
     assert [entry["step"] for entry in log_of(parts)] == list(range(1, 7))
     assert log_of(parts) == log_of(whole) and "validation_bits_per_byte" in log_of(whole)[3]
     files = sorted(path.name for path in whole.iterdir() if path.is_file())
-    assert len(files) == 5
+    assert len(files) == 7
     for name in files:
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     assert dsv3.read_config(whole) == TINY
-    tensors = load_file(whole / "model.safetensors")
+    tensors = load_file(whole / "model.safetensors") | load_file(whole / "mtp.safetensors")
     assert {name: x.shape for name, x in tensors.items()} == dsv3.tensor_shapes(TINY)
     assert all(np.isfinite(x.astype(np.float32)).all() for x in tensors.values())
 

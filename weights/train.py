@@ -266,9 +266,17 @@ def write_checkpoint(out, params, biases):
         expert = re.search(r"experts\.(\d+)\.", name)
         x = params[joined(name)][int(expert[1])] if expert else params[name]
         tensors[name] = np.asarray(x).astype(ml_dtypes.bfloat16)
-    order = {name: tensors[name] for name in dsv3.tensor_shapes(MODEL)}
-    save_file(order, out / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(out / "model.safetensors.part", out / "model.safetensors")
+    files, weight_map = {"model.safetensors": {}, "mtp.safetensors": {}}, {}
+    for name in dsv3.tensor_shapes(MODEL):
+        mtp = re.match(r"model\.layers\.(\d+)", name)  # apart, since many engines know no MTP module
+        weight_map[name] = list(files)[bool(mtp) and int(mtp[1]) >= MODEL.num_hidden_layers]
+        files[weight_map[name]][name] = tensors[name]
+    for file, held in files.items():
+        save_file(held, out / f"{file}.part", metadata={"format": "pt"})
+        os.replace(out / f"{file}.part", out / file)
+    size = sum(x.nbytes for x in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     yarn = asdict(MODEL.rope_scaling)
     config = json.loads(Path(__file__).with_name("config.json").read_text()) | asdict(MODEL) | {
         "rope_scaling": yarn | {"mscale_all_dim": yarn["mscale"], "type": "yarn"},

@@ -228,8 +228,8 @@ def write(case, directory):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if case.get("checkpoint") == "shipped":
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(HERE.parent / name, directory)
+        for path in [HERE.parent / "config.json", *HERE.parent.glob("*.safetensors*")]:
+            shutil.copy(path, directory)
         return directory
     (directory / "config.json").write_text(json.dumps(case["config"], indent=1))
     if case["do"] == "phases":
