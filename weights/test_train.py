@@ -6,6 +6,7 @@ pytest -m training
 
 import functools
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before JAX looks for any
 jax = pytest.importorskip("jax", reason="training needs jax")
 optax = pytest.importorskip("optax", reason="training needs optax")
 pytest.importorskip("tqdm", reason="training needs tqdm")
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.training
 
 REPLACED = ["xp", "top_k", "softmax"]
 PAGE = {name: getattr(dsv3, name) for name in REPLACED}
-TINY = replace(train.MODEL, vocab_size=300, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0,
+TINY = replace(train.MODEL, vocab_size=304, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0,
                moe_intermediate_size=8)  # fmt: skip
 
 
@@ -145,6 +147,30 @@ def test_the_objective_of_a_batch_is_the_mean_of_the_pages(monkeypatch, float64)
     jax.tree.map(equal, got, expected)
 
 
+def test_eight_devices_equal_one(monkeypatch, float64):
+    """Logits of the definition, by NumPy; loss and gradient, by one device."""
+    monkeypatch.setattr(train, "MODEL", TINY)
+    params, biases = jax.tree.map(np.float64, train.initial_weights(0))
+    token_BX = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9))
+    w = apart(params | biases)
+    logits = dsv3.head(dsv3.forward(token_BX[0], w, TINY), w)
+    train.use_jax()
+    placed = train.place(params)
+    held = [sum(s.data.nbytes for x in placed.values() for s in x.addressable_shards if s.device == d)
+            for d in jax.devices()]
+    assert len(held) == 8 and max(held) < sum(x.nbytes for x in params.values()) / 2
+
+    @jax.jit
+    def model(params):
+        w = params | biases
+        return dsv3.head(dsv3.forward(token_BX[0], w, TINY, experts=train.grouped_experts), w)
+
+    equal = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+    equal(model(placed), logits)
+    gradient = jax.jit(jax.value_and_grad(train.objective, has_aux=True))
+    jax.tree.map(equal, *(gradient(p, biases, token_BX, 0.3) for p in (placed, params)))
+
+
 def test_the_configuration_is_the_shipped_one(tmp_path):
     train.write_checkpoint(tmp_path, *train.initial_weights(0))
     shipped = Path(train.__file__).parent
@@ -154,7 +180,7 @@ def test_the_configuration_is_the_shipped_one(tmp_path):
 
 def tiny(monkeypatch, tmp_path, **changed):
     values = {"MODEL": TINY, "SEQUENCES": 2, "LENGTH": 16, "WARMUP": 2, "SAVE_EVERY": -1,
-              "VALIDATE_EVERY": 4} | changed  # fmt: skip
+              "VALIDATE_EVERY": 4, "place": dict} | changed  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(train, name, value)
     text = tmp_path / "text"

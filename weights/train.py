@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -107,6 +109,26 @@ def use_jax():
     """Put jax.numpy and the equal forms into the page."""
     dsv3.xp, dsv3.softmax = jnp, jax.nn.softmax
     dsv3.top_k = lambda score, k: jax.lax.top_k(score, k)[1]
+
+
+def place(w):
+    """Each tensor over all devices, an even number: heads over one axis of their mesh, experts and
+    the width of MLPs over the other, the vocabulary over both; what is small lies on each."""
+    mesh = Mesh(np.reshape(jax.devices(), (2, -1)), ("heads", "experts"))
+
+    def spec(name, ndim):
+        if ndim == 3 or name.endswith(("gate_proj.weight", "up_proj.weight")):
+            return P("experts")
+        if name.endswith("down_proj.weight"):
+            return P(None, "experts")
+        if name.endswith(("q_b_proj.weight", "kv_b_proj.weight")):
+            return P("heads")
+        if name.endswith("o_proj.weight"):
+            return P(None, "heads")
+        vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        return P(("heads", "experts")) if vocabulary else P()
+
+    return {n: jax.device_put(x, NamedSharding(mesh, spec(n, x.ndim))) for n, x in w.items()}
 
 
 # ---- 2. Text -------------------------------------------------------------------------------------------------------
@@ -341,6 +363,8 @@ def main(argv=None):
     optimiser = make_optimiser(args.steps)
     state = {"params": params, "biases": biases, "moments": optimiser.init(params), "step": jnp.zeros((), int)}
     state = read_state(saved, state)
+    if jax.device_count() % 2 == 0:
+        state["params"] = place(state["params"])
     first, size = int(state["step"]), sum(x.size for x in params.values())
     print(f"{size:,} parameters, a pass over the text is {batches.per_pass} steps, from step {first}")
 
