@@ -562,7 +562,7 @@ def attention_in_pieces(q_THX, k_SJX, v_SJY, scale):
         for heads in slices(J, max(1, limit // (n * shared * S))):
             part = q[heads, tokens].reshape(-1, n * shared, X)
             score = part @ k[heads, :seen].swapaxes(1, 2)
-            if n > 1:  # all see what is before these n tokens; one token alone, itself too
+            if n > 1:  # all n tokens see what was before them
                 later = xp.arange(n) > xp.arange(n)[:, None, None]
                 own = score.reshape(-1, n, shared, seen)[..., seen - n :]
                 xp.copyto(own, -xp.inf, where=later)
