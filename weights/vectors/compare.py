@@ -167,6 +167,8 @@ def differ(mine, want, limit):
     lost = ~np.isfinite(mine) & np.isfinite(want)
     if lost.any():
         return Difference(lost, "is not finite")
+    if not np.isfinite(error[bad]).any():
+        return Difference(bad, "is a number where none belongs")
     largest = float(np.nanmax(error, initial=0))
     text = f"by up to {largest / rms:.2g} of its rms" if rms else f"by up to {largest:.2g}, where it is 0"
     if limit < 1e-8 and largest < 5e-7 * rms:
@@ -207,7 +209,7 @@ def by_expert(gates, chosen):
 class Verdict(NamedTuple):
     agrees: bool
     text: str
-    at: str | None = None  # the first array that departs, or is missing
+    at: str | None = None  # the first array that departs, or is absent
 
 
 class Comparison:
@@ -216,8 +218,11 @@ class Comparison:
 
     def __init__(self, mine, reference, tolerance=TOLERANCE, directory=None, needed=None):
         self.mine, self.reference, self.notes = dict(mine), reference, []
-        self.dtype = precision([*(x for name, x in mine.items() if name in reference), *reference.values()])
-        self.limit = allowed(self.dtype, tolerance)
+        seen, self.limits = [], {}
+        for name, want in reference.items():  # rounding goes on: an array is judged as the coarsest up to it
+            seen += [want, mine[name]] if name in mine else [want]
+            self.limits[name] = allowed(precision(seen), tolerance)
+        self.dtype = precision(seen)
         self.weights, self.config = {}, None
         if directory and (Path(directory) / "config.json").exists():
             self.weights = read_weights(directory)
@@ -250,7 +255,7 @@ class Comparison:
         gone = [name for name in self.needed if name not in self.mine]
         if gone:
             return Verdict(False, f"lacks {gone[-1]}, which must be there; {right}", missing[0])
-        return Verdict(True, right)
+        return Verdict(True, right, missing[0] if missing else None)
 
     def where(self, of_base, found):
         """Which rows of the batch, which tokens."""
@@ -295,10 +300,10 @@ class Comparison:
         if base.endswith(".gate.weights"):
             mine, want = (by_expert(x, self.chosen(name, trace, x)) for x, trace in
                           ((mine, self.mine), (want, self.reference)))  # fmt: skip
-        d = differ(mine, want, self.limit)
+        d = differ(mine, want, self.limits[name])
         if d and base.endswith("_rope"):
             halves = np.concatenate([want[..., 0::2], want[..., 1::2]], axis=-1)
-            if differ(mine, halves, self.limit) is None:
+            if differ(mine, halves, self.limits[name]) is None:
                 self.notes.append("its rotated pairs stand as halves, as in HF, which changes no score")
                 return None
         return d
@@ -319,12 +324,12 @@ class Comparison:
         scores = numbers(scores)
         bias = self.weights.get(f"{gate}.e_score_correction_bias")
         choice = scores if bias is None else scores + numbers(bias)
-        room = self.limit * math.sqrt(np.mean(np.square(scores)))
+        room = self.limits[name] * math.sqrt(np.mean(np.square(scores)))
         near = [0 < self.gap(choice[t], set(mine[t]), set(want[t])) <= room for t in np.flatnonzero(d.bad)]
         if not all(near):
             return d
         self.known[row] = first = int(np.flatnonzero(d.bad)[0])
-        self.notes.append(f"token {first} chose other experts of nearly equal affinity, so {row or ''}it and those "
+        self.notes.append(f"token {first} chose other experts of nearly equal affinity, so it and those "
                           "after it are not compared from there on")  # fmt: skip
         return None
 

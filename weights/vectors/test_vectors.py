@@ -5,9 +5,11 @@ import functools
 import io
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
@@ -156,7 +158,7 @@ def write(arrays):
     answer.write_bytes(len(text).to_bytes(8, "little") + text + data)
 '''
 FAULTS = {  # a port in a few lines -> what the line must say
-    "crash": (HEADER + "1 / 0", "exit code 1: ZeroDivisionError"),
+    "crash": (HEADER + "1 / 0", "exit code 1: Traceback (most recent call last): ... ZeroDivisionError"),
     "silent": (HEADER + "sys.exit(7)", "exit code 7: it says nothing"),
     "no answer": (HEADER, "wrote no answer"),
     "hang": (HEADER + "time.sleep(60)", "no answer after 1 s"),
@@ -174,7 +176,11 @@ FAULTS = {  # a port in a few lines -> what the line must say
         "answer.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(384))", "lm_head is ['F64'"),
     "a name of two lines": (WRITE + "write({'lm\\nhead': ('F64', [1, 48], bytes(384))})", "lm?head, for lm_head?"),
     "no checkpoint any more": (WRITE + "(d / 'model.safetensors').unlink()\n"
-                                       "write({'lm_head': ('F64', [1, 48], bytes(384))})", "cannot be read"),
+                                       "write({'lm_head': ('F64', [1, 48], bytes(384))})", "departs at lm_head"),
+    "ended by a signal": (HEADER + "os.kill(os.getpid(), 9)", "was ended by SIGKILL: it says nothing"),
+    "two lines": (HEADER + "print('what\\nis\\nit', file=sys.stderr); sys.exit(1)", "code 1: what ... it"),
+    "a child that stays": (HEADER + "import subprocess; subprocess.Popen(['sleep', '99']); sys.exit(7)", "code 7"),
+    "another precision": (WRITE + "write({'lm_head': ('F16', [1, 48], bytes(96))})", "departs at lm_head"),
     "another dtype": (WRITE + "write({'lm_head': ('C64', [1, 48], bytes(384))})", "C64"),
     "integers": (WRITE + "write({'lm_head': ('I64', [1, 48], bytes(384))})", "departs at lm_head"),
     "unknown names": (WRITE + "write({'logits': ('F64', [1, 48], bytes(384))})", "logits, for lm_head?"),
@@ -191,6 +197,35 @@ def test_port_that_fails_is_one_line(fault, tmp_path):
     code, lines = checked(f"{sys.executable} {tmp_path / 'port.py'}", "--case", "one_token", "--timeout", limit)
     assert len(lines) == 2 and word in lines[0], lines
     assert code == 1
+
+
+def test_strict_fails_what_is_not_answered_whole(tmp_path):
+    """A skipped case, an absent array; each in the report, too."""
+    part = f"import sys; sys.path.insert(0, {str(HERE)!r}); import port, pathlib, safetensors.numpy as st\n"
+    part += "d = pathlib.Path(sys.argv[1]); port.main(d); path = d / 'answer.safetensors'\n"
+    part += "x = st.load_file(path); x.pop('model.norm'); st.save_file(x, path)\n"
+    (tmp_path / "part.py").write_text(part)
+    (tmp_path / "lacks.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "whole.py").write_text(part.splitlines()[0] + "\nport.main(pathlib.Path(sys.argv[1]))")
+    for name, codes, word in (("whole", (0, 0), "1 agrees"), ("part", (0, 1), "21 of 22 arrays agree"),
+                              ("lacks", (1, 1), "skipped")):  # fmt: skip
+        for strict, code in zip(([], ["--strict"]), codes, strict=True):
+            flags = ["--case", "one_token", "--junit", tmp_path / "report.xml", *strict]
+            got, lines = checked(f"{sys.executable} {tmp_path / name}.py", *flags)
+            assert got == code and word in " ".join(lines)
+            suite = ElementTree.parse(tmp_path / "report.xml").getroot()
+            assert suite.get("tests") == "1" and int(suite.get("failures")) == bool(strict and code)
+
+
+def test_the_kits_own_faults_end_no_run(monkeypatch, capsys):
+    """A diagnosis that fails says so, and the verdict stands."""
+    monkeypatch.setattr(mistakes, "diagnose", lambda *_: 1 / 0)
+    program = WRITE + "write({'lm_head': ('F64', [1, 48], bytes(384))})"
+    zeros = [sys.executable, "-c", program]
+    monkeypatch.setattr(check, "run", lambda _, directory, __: subprocess.run([*zeros, directory], check=True))
+    assert check.main(["port", "--case", "one_token"]) == 1
+    out = capsys.readouterr().out
+    assert "departs at lm_head" in out and "by a fault of the kit: ZeroDivisionError" in out
 
 
 def test_request_that_cannot_be_used_is_one_line(tmp_path):
