@@ -26,7 +26,7 @@ name = "local"
 """
 SLOW = "jax or readme or exactly_the_main"  # of the page's tests, these come last
 RUNS = [["test_deepseek_v3.py", "-k", f"not ({SLOW})"], [".ci/test_cupy.py"], ["test_deepseek_v3.py", "-k", SLOW],
-        ["weights/vectors/test_vectors.py", "-k", "page_passes"]]  # fmt: skip
+        [".ci/vectors/test_vectors.py", "-k", "page_passes"]]  # fmt: skip
 
 
 def test():

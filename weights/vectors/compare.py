@@ -383,6 +383,7 @@ def main(argv=None):
         return 2
     hint = ""
     if not verdict.agrees and verdict.at in mine and args.weights and prompts:
+        sys.path.append(str(Path(__file__).resolve().parents[2] / ".ci" / "vectors"))
         from mistakes import diagnose
 
         depth = len({split(name)[1] for name in reference if name.endswith(".shared_head")})

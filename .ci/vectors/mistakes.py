@@ -1,7 +1,7 @@
 """Mistakes that ports make: each is the page with some of its functions replaced. They name what compare.py finds, and
 show that the cases find them.
 
-    python weights/vectors/mistakes.py     # the table: the mistake, where it shows first, the cases that show it
+    python .ci/vectors/mistakes.py     # the table: the mistake, where it shows first, the cases that show it
 
 A mistake is planted by a function that returns {name in deepseek_v3.py: what to put there}.
 """
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "weights" / "vectors")]
 import cases  # noqa: E402
 import compare  # noqa: E402
 import port  # noqa: E402

@@ -1,7 +1,7 @@
 """Hugging Face transformers as a port that check.py can try: traces and greedy generation, in float32.
 
     pip install torch transformers
-    python weights/vectors/check.py "python weights/vectors/port_transformers.py"
+    python weights/vectors/check.py "python .ci/vectors/port_transformers.py"
 
 It lacks MTP modules (it runs them outside of the model), reads FP8 otherwise on a CPU, and does not know Kimi-K2's
 model_type. Ties, which torch.topk leaves open, go to the lowest index here.

@@ -1,7 +1,7 @@
 """Part I of deepseek_v3.py under jax.numpy as a port that check.py can try: the definitions have no cache.
 
     pip install jax
-    python weights/vectors/check.py "python weights/vectors/port_jax.py" --timeout 300
+    python weights/vectors/check.py "python .ci/vectors/port_jax.py" --timeout 300
 """
 
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "weights" / "vectors"))
 import port
 
 jax.config.update("jax_enable_x64", True)

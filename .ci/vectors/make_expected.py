@@ -33,12 +33,14 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from cases import unrounded, write
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, modeling_deepseek_v3
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[2] / "weights" / "vectors"
+sys.path.insert(0, str(HERE))
+from cases import unrounded, write  # noqa: E402
+
 INDEX, EXPECTED, SHIPPED = HERE / "index.json", HERE / "expected.safetensors", HERE.parent
 ROUTING_GAP, TOKEN_GAP = 1e-4, 1e-3  # by which the chosen stand out at least
 SHIPPED_ROUTING_GAP = 4e-7  # trained affinities lie closer; float32 still tells them apart

@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+HERE = Path(__file__).resolve().parents[2] / "weights" / "vectors"
+sys.path[:0] = [str(HERE), str(Path(__file__).parent)]
 import cases  # noqa: E402
 import check  # noqa: E402
 import compare  # noqa: E402
