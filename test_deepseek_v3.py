@@ -50,8 +50,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @st.composite
 def configs(draw, mtp=(0, 2)):
-    """Configurations of every structure: with and without compressed queries, groups, YaRN.
-    mtp: the least and the greatest number of MTP modules."""
+    """Configurations of every structure; mtp: the least and the greatest number of modules."""
 
     def upto(most, least=1):
         return draw(st.integers(least, most))
@@ -455,6 +454,9 @@ def test_yarn_of_the_671b_model_in_numbers():
     k2 = replace(cfg, rope_theta=5e4, rope_scaling=yarn)  # a ramp without width
     assert math.isclose(dsv3.softmax_scale(k2), 0.1308608, rel_tol=1e-6)
     assert np.allclose(ramp(k2)[[19, 20]], [1, 1 / 32])
+    yarn = dsv3.Yarn(4.0, 2**17, beta_fast=4096.0)  # its range, 1 to 9, is held at R - 1 = 7
+    held = replace(cfg, qk_rope_head_dim=8, rope_theta=100.0, rope_scaling=yarn)
+    assert np.allclose(ramp(held), [1, 1, 1 - 0.75 / 6, 1 - 0.75 / 3])
 
 
 def plain_route(x, w, name, cfg):
@@ -866,7 +868,6 @@ def test_sampling_at_its_ends():
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_sampling_is_by_seed(speculate):
-    """The same seed is the same text, in chunks of any size."""
     w, texts = make_weights(SMALL), []
     for seed, chunk in ((7, 1024), (7, 1), (7, 3), (8, 1024)):
         given = [1, 2, 3, 4, 5, 6, 7], w, SMALL, 20, dsv3.Sampling(1.5, seed=seed)
@@ -1540,7 +1541,7 @@ def test_help_names_the_flags(capsys):
     (["--temperature", "-1"], "temperature"), (["--temp", "nan"], "temperature"),
     (["--temp", "inf"], "temperature"),
     (["--top-p", "0"], "top"), (["--top-p", "1.01"], "top"), (["--top-p", "nan"], "top"),
-    (["--top-k", "-1"], "top"), (["--seed", "-1"], "seed"),
+    (["--top-k", "-1"], "top"), (["--top-p", "-1"], "top"), (["--seed", "-1"], "seed"),
     (["--dtype", "int8"], "--dtype"), (["--device", "tpu"], "--device"),
     (["--memory", "-1"], "--memory"), (["--memory", "nan"], "--memory"),
     (["--chunk", "0"], "--chunk"), (["--prompt", "x"], "--tokens"),
@@ -1784,7 +1785,6 @@ def console_lines():
 
 
 def test_readme_shows_what_its_commands_print(tmp_path):
-    """Those of the page. config.json, where it is named, is the release's."""
     (tmp_path / "config.json").write_text(json.dumps(RELEASE))
     shown = [(line.split("&& ")[-1], output) for line, output in console_lines() if output]
     shown = [(shlex.split(line), output) for line, output in shown if "deepseek_v3.py" in line]
