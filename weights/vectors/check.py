@@ -81,7 +81,20 @@ def judge(name, case, expected, directory, request):
     if compare.allowed(coarsest, case["tolerance"]) is None:
         raise Lacks(f"this case cannot be judged in {coarsest}")
     traced = case["do"] == "trace"
-    needed = None if traced else list(reference)
+    needed = None if traced else [array for array in reference if array not in case.get("optional", [])]
+    tolerance = case["tolerance"]
+    if case["do"] == "component":
+        for array in case["arrays"]:
+            shape = list(mine[array].shape) if array in mine else case["shapes"][array]
+            if shape != case["shapes"][array]:
+                text = f"departs at {array}: its shape is {shape} instead of {case['shapes'][array]}"
+                return compare.Verdict(False, text, array)
+        for array in case.get("sample", {}).keys() & mine.keys():
+            mine[array] = mine[array].reshape(-1, case["shapes"][array][-1])[case["sample"][array]]
+        if request["dtype"] in ("float16", "bfloat16"):  # an answer in float32 of a computation in half precision
+            half = compare.allowed(request["dtype"], tolerance)
+            tolerance = {"8": half, "4": half, "2": tolerance["2"]}
+        return compare.compare(mine, reference, tolerance, None, needed)
     try:
         verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
     except (OSError, ValueError) as e:
@@ -116,14 +129,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Run a port in any language against every case.")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="how the port is called, without the directory")
     parser.add_argument("--case", action="append", metavar="NAME", help="this case only; repeatable")
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="to ask for (float64)")
+    parser.add_argument("--component", action="append", metavar="NAME", help="a component's cases only; repeatable")
+    parser.add_argument("--dtype", choices=["float64", "float32", "float16", "bfloat16"], default="float64", help="to ask for (float64); components in half precision too")
     parser.add_argument("--timeout", type=int, default=60, metavar="S", help="seconds that a case may take (60)")
     parser.add_argument("--keep", type=Path, metavar="DIR",
                         help="leave the cases' files there, a directory each; without COMMAND only these")
     parser.add_argument("--list", action="store_true", help="say what the cases are")
     args, index = parser.parse_args(argv), cases.read_index()
-    chosen = args.case or list(index)
+    chosen = args.case or [name for name, case in index.items()
+                           if not args.component or case.get("component") in args.component]  # fmt: skip
     unknown = [name for name in chosen if name not in index]
+    unknown += set(args.component or []) - {case.get("component") for case in index.values()}
     if unknown or not (args.command or args.list or args.keep):
         print(f"no case {unknown[0]!r}; --list names them" if unknown else "COMMAND is missing", file=sys.stderr)
         return 2
