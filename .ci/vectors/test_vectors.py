@@ -78,7 +78,7 @@ def test_cases_say_what_they_are():
         assert case["why"] and case["origin"] and case["equation"] and case["arrays"], name
         assert all(f"{name}/{array}" in EXPECTED for array in case["arrays"])
     assert checked("--list")[1][0].startswith("v3_yarn")
-    assert sum(path.stat().st_size for path in HERE.iterdir() if path.is_file()) < 3e6
+    assert sum(path.stat().st_size for path in HERE.iterdir() if path.is_file()) < 4e6
 
 
 def test_stored_numbers_are_those_of_ml_dtypes():

@@ -1,19 +1,27 @@
 """The cases of the conformance kit, on NumPy alone: what index.json says, the weights that it means, a case as files.
 
 A case of index.json, in the order in which a porter should take them, has
-    do            what the port is asked for: trace, generate, losses, phases, update_bias or dequantize
+    do            what the port is asked for: trace, generate, losses, phases, update_bias, dequantize or component
     equation      of the paper, or the section
     why           the bug or dispute that the case guards against, and `see`, where it was met: owner/repository#number
     origin        where the expected values come from
     config        the config.json
     weights       how those of `formula` are changed: for each tensor whose name ends with the key, `scale` multiplies
                   it, then `shift` is added to it, or `set` gives its values
-    stored        how the checkpoint stores them, in F32 if nothing is said: dtype, shards, scales, split_scales, copies
+    stored        how the checkpoint stores them, in F32 if nothing is said: dtype, shards, scales, split_scales,
+                  copies; repeat: a matrix of more rows has them again, each time all moved on by one column
     checkpoint    "shipped", instead of these three: the trained checkpoint in the directory above
     given         or the names of tensors that stand in model.safetensors alone
     arrays        the names of the expected arrays, in the order of computation; in expected.safetensors "{case}/{name}"
     tolerance     of a difference, relative to the array's rms, by the bytes of the coarsest floating-point number
 and what its request needs: prompts, chunks, depth, max_tokens and so on (README.md says what a request is).
+
+That of a component has instead of prompts
+    component     which, and layer, whose tensors it reads
+    reads         how the names of the tensors in its model.safetensors begin
+    inputs        for each array its shape and `scale`, or `set`; seed draws them (`given_inputs`)
+    shapes        of the arrays of the answer, and sample, the rows of some that expected.safetensors holds, counted
+                  with all axes but the last as one; optional, the arrays that an answer may lack
 """
 
 import json
@@ -27,7 +35,7 @@ import safetensors.numpy
 
 HERE = Path(__file__).resolve().parent
 REQUEST = ("prompts", "chunks", "depth", "max_tokens", "speculate", "mtp_weight", "balance_weight", "positions",
-           "gamma")  # fmt: skip
+           "gamma", "component", "layer")  # fmt: skip
 IN_FP8 = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj",
           "down_proj")  # fmt: skip
 BLOCK = 128  # a scale of an FP8 tensor is that of 128 x 128 elements
@@ -44,20 +52,48 @@ def read_expected():
     return safetensors.numpy.load_file(HERE / "expected.safetensors")
 
 
-def formula(name, shape):
-    """The tensor called name: u in [-1, 1), a 32-bit hash of name and index, times what the tensor's purpose asks for.
+def uniform(name, shape):
+    """u in [-1, 1), of a 32-bit hash of name and index: MurmurHash3's final mix of CRC-32(name) + 2654435769 index,
+    modulo 2^32. From u on, double precision."""
+    h = np.arange(math.prod(shape), dtype=np.uint32)  # whose products and sums are modulo 2^32
+    h *= np.uint32(2654435769)
+    h += np.uint32(zlib.crc32(name.encode()))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h ^= h >> np.uint32(shift)
+        h *= np.uint32(factor)
+    return ((h ^ h >> np.uint32(16)) / 2**31 - 1).reshape(shape)
 
-    The hash: MurmurHash3's final mix of CRC-32(name) + 2654435769 index, modulo 2^32. From u on, double precision.
-    """
-    h = (zlib.crc32(name.encode()) + np.arange(math.prod(shape), dtype=np.uint64) * 2654435769) & 0xFFFFFFFF
-    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    u = ((h ^ h >> 16) / 2**31 - 1).reshape(shape)
+
+def formula(name, shape):
+    """The tensor called name: u times what the tensor's purpose asks for."""
+    u = uniform(name, shape)
     if name.endswith("norm.weight"):
         return 1 + 0.3 * u
     if name.endswith("e_score_correction_bias"):
         return u * 0.1
     return u * 1.7 if name.endswith("embed_tokens.weight") else u * math.sqrt(3 / shape[-1]) * 1.5
+
+
+def given_inputs(case):
+    """A component's inputs, {name: array}. Of the formula: u times scale, rounded to BF16, so that a kernel of half
+    precision reads them as they are; "largest": in each tile of 1 x 128 the first number is this; "power":
+    (1 + u)^power, divided by the sum of the row, a distribution."""
+    arrays = {}
+    for name, how in case["inputs"].items():
+        if "set" in how:
+            x = np.array(how["set"])
+            arrays[name] = x.reshape(how.get("shape", x.shape))
+            continue
+        x = uniform(f"inputs.{name}.{case['seed']}", how["shape"])
+        if "power" in how:
+            x = (1 + x) ** how["power"]
+            arrays[name] = x / x.sum(-1, keepdims=True)
+        else:
+            x = x * how.get("scale", 3**0.5) + how.get("shift", 0)
+            if "largest" in how:
+                x[..., ::BLOCK] = how["largest"]
+            arrays[name] = from_bf16(bf16(x))
+    return arrays
 
 
 def unrounded(case, name, shape):
@@ -122,7 +158,7 @@ def kind(case, name):
 
 def bf16(x):
     """The upper halves of float32 numbers, rounded to nearest, ties to even, as uint16."""
-    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits = np.asarray(x, np.float32).view(np.uint32)
     return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
 
@@ -164,16 +200,24 @@ def each_element(scale, shape):
 
 
 def from_fp8(code, scale):
-    """The product in float32 that a code and its scale mean."""
+    """The product in float32 that a code and its scale mean; without a scale the code's number."""
     value = np.concatenate([e4m3_values(), [np.nan]]).astype(np.float32)
-    return np.concatenate([value, -value])[code] * each_element(scale, code.shape)
+    value = np.concatenate([value, -value])[code]
+    return value if scale is None else value * each_element(scale, code.shape)
 
 
 def stored(case, name, shape):
     """{name: (dtype, array)} of a tensor as it is stored: FP8 has a second one, its scales."""
-    x, dtype = unrounded(case, name, shape), kind(case, name)
+    how, dtype = case.get("stored", {}), kind(case, name)
+    if "repeat" in how and len(shape) == 2 and shape[0] > how["repeat"]:
+        few = stored(case, name, (how["repeat"], shape[1]))[name][1]
+        again = [np.roll(few, i, axis=1) for i in range(-(-shape[0] // len(few)))]
+        return {name: (dtype, np.concatenate(again)[: shape[0]])}
+    x = unrounded(case, name, shape)
+    if case["do"] == "component" and dtype == "F32" and not name.endswith("e_score_correction_bias"):
+        x = from_bf16(bf16(x))  # a kernel of half precision, too, reads it as it is
     if dtype == "F8_E4M3":
-        code, scale = to_fp8(x, case["stored"].get("scales"))
+        code, scale = to_fp8(x, how.get("scales"))
         return {name: (dtype, code), f"{name}_scale_inv": ("F32", scale)}
     if dtype == "BF16":
         return {name: (dtype, bf16(x))}
@@ -193,18 +237,24 @@ def weight(case, name, shape):
 
 def write_safetensors(path, tensors):
     """tensors: {name: (dtype, array)}. The largest numbers come first, so that all lie on multiples of their size."""
-    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
-    for name, (dtype, x) in sorted(tensors.items(), key=lambda item: -ITEMSIZE[item[1][0]]):
-        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": [len(data), len(data) + x.nbytes]}
-        data += x.tobytes()
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    in_order = sorted(tensors.items(), key=lambda item: -ITEMSIZE[item[1][0]])
+    for name, (dtype, x) in in_order:
+        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": [end, end + x.nbytes]}
+        end += x.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, (_, x) in in_order:
+            file.write(np.ascontiguousarray(x).data)
 
 
 def all_tensors(case):
     """{name: (dtype, array)} of a case's checkpoint."""
     shapes, tensors = tensor_shapes(case["config"]), {}
+    if "reads" in case:
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith(tuple(case["reads"]))}
     for name, shape in shapes.items():
         tensors |= stored(case, name, shape)
     if case.get("stored", {}).get("copies"):
@@ -232,6 +282,8 @@ def write(case, directory):
             shutil.copy(path, directory)
         return directory
     (directory / "config.json").write_text(json.dumps(case["config"], indent=1))
+    if case["do"] == "component":
+        write_given(given_inputs(case), directory, "inputs.safetensors")
     if case["do"] == "phases":
         return directory
     tensors, how = all_tensors(case), case.get("stored", {})
@@ -249,11 +301,11 @@ def write(case, directory):
     return directory
 
 
-def write_given(given, directory):
-    """Write a model.safetensors alone: FP8 codes come as uint8, whose dtype is to be F8_E4M3."""
+def write_given(given, directory, file="model.safetensors"):
+    """Write a file of tensors alone: FP8 codes come as uint8, whose dtype is to be F8_E4M3."""
     kinds = {"uint8": "F8_E4M3", "float32": "F32", "float64": "F64", "int64": "I64"}
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", {name: (kinds[x.dtype.name], x) for name, x in given.items()})
+    write_safetensors(directory / file, {name: (kinds[x.dtype.name], x) for name, x in given.items()})
 
 
 def write_request(case, directory, dtype="float64"):

@@ -91,7 +91,9 @@ def judge(name, case, expected, answer, directory, request):
     if compare.allowed(coarsest, case["tolerance"]) is None:
         raise Failed(f"answers in {coarsest}, in which this case cannot be judged")
     traced = case["do"] == "trace"
-    needed = None if traced else list(reference)
+    needed = None if traced else [array for array in reference if array not in case.get("optional", [])]
+    if case["do"] == "component":
+        return judge_component(case, mine, reference, request["dtype"], needed)
     verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
     if verdict.agrees or verdict.at not in mine or mine[verdict.at].shape != reference[verdict.at].shape:
         return verdict
@@ -105,6 +107,22 @@ def judge(name, case, expected, answer, directory, request):
     except Exception as e:  # the verdict stands whatever becomes of its name
         hint = f"; no mistake was looked for, by a fault of the kit: {e!r:.160}"
     return verdict._replace(text=verdict.text + hint)
+
+
+def judge_component(case, mine, reference, dtype, needed):
+    """Shapes are those of whole arrays; of a large one some rows are compared."""
+    for array in case["arrays"]:
+        shape = list(mine[array].shape) if array in mine else case["shapes"][array]
+        if shape != case["shapes"][array]:
+            text = f"departs at {array}: its shape is {shape} instead of {case['shapes'][array]}"
+            return compare.Verdict(False, text, array)
+    for array in case.get("sample", {}).keys() & mine.keys():
+        mine[array] = mine[array].reshape(-1, case["shapes"][array][-1])[case["sample"][array]]
+    tolerance = case["tolerance"]
+    if dtype in ("float16", "bfloat16"):  # an answer in float32 of a computation in half precision
+        half = compare.allowed(dtype, tolerance)
+        tolerance = {"8": half, "4": half, "2": tolerance["2"]}
+    return compare.compare(mine, reference, tolerance, None, needed)
 
 
 def check(name, case, expected, command, args, base):
@@ -130,7 +148,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Run a port in any language against every case.")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="how the port is called, without the directory")
     parser.add_argument("--case", action="append", metavar="NAME", help="this case only; repeatable")
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="to ask for (float64)")
+    parser.add_argument("--component", action="append", metavar="NAME", help="a component's cases only; repeatable")
+    parser.add_argument("--dtype", choices=["float64", "float32", "float16", "bfloat16"], default="float64",
+                        help="to ask for (float64); half precision is meant for components")
     parser.add_argument("--timeout", type=int, default=60, metavar="S", help="seconds that a case may take (60)")
     parser.add_argument("--strict", action="store_true", help="skipped cases and absent arrays depart, too")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML, too")
@@ -140,8 +160,10 @@ def main(argv=None):
     args, index = parser.parse_args(argv), cases.read_index()
     if not 0 < args.timeout < 10**6:
         parser.error(f"--timeout must be from 1 to 999999 seconds, not {args.timeout}")
-    chosen = args.case or list(index)
+    chosen = args.case or [name for name, case in index.items()
+                           if not args.component or case.get("component") in args.component]  # fmt: skip
     unknown = [name for name in chosen if name not in index]
+    unknown += set(args.component or []) - {case.get("component") for case in index.values()}
     if unknown or not (args.command or args.list or args.keep):
         print(f"no case {unknown[0]!r}; --list names them" if unknown else "COMMAND is missing", file=sys.stderr)
         return 2

@@ -295,9 +295,9 @@ class Comparison:
             return differ_in_list(mine, want)
         upto = self.known.get(row)
         mine, want = mine[:upto] if mine.ndim else mine, want[:upto] if want.ndim else want
-        if base.endswith(".gate.indices"):
+        if base.endswith(".gate.indices") or base == "indices":  # of a trace, of a component
             return self.forgive(name, mine, want, differ_in_experts(mine, want))
-        if base.endswith(".gate.weights"):
+        if base.endswith(".gate.weights") or base == "weights":
             mine, want = (by_expert(x, self.chosen(name, trace, x)) for x, trace in
                           ((mine, self.mine), (want, self.reference)))  # fmt: skip
         d = differ(mine, want, self.limits[name])

@@ -40,8 +40,11 @@ const add_rows = (x, y) => x.map((row, t) => add(row, y[t]));
 const concatenate = (...vectors) => Float64Array.from(vectors.flatMap((x) => Array.from(x)));
 const argmax = (x) => x.reduce((best, value, i) => (value > x[best] ? i : best), 0); // the lowest among equals
 
-/** A vector, or the rows of a matrix, in n equal parts. */
-const split = (x, n) => range(0, n).map((i) => x.slice((i * x.length) / n, ((i + 1) * x.length) / n));
+/** A vector, or the rows of a matrix, in n equal parts. Those of a vector are views. */
+function split(x, n) {
+  const size = x.length / n, part = (x.subarray ?? x.slice).bind(x);
+  return range(0, n).map((i) => part(i * size, (i + 1) * size));
+}
 /** Indices of the k largest, largest first, the lowest among equals; two of -inf differ by NaN, so count as equal. */
 const top_k = (score, k) => [...score.keys()].sort((a, b) => score[b] - score[a] || a - b).slice(0, k);
 
@@ -218,7 +221,7 @@ function route(x, w, name, cfg) {
 
 /** -inf except in the topk_group groups whose two highest sum highest. */
 function keep_best_groups(choice, { n_group, topk_group }) {
-  const group = split(choice, n_group).map((members) => sum(members.sort().slice(-2)));
+  const group = split(choice, n_group).map((members) => sum(members.slice().sort().slice(-2)));
   const kept = top_k(group, topk_group), size = choice.length / n_group;
   return choice.map((value, e) => (kept.includes(Math.floor(e / size)) ? value : -Infinity));
 }
@@ -268,11 +271,15 @@ function forward(tokens, w, cfg, cache, start) {
 const mtp_depth = (w, { num_hidden_layers: L, num_nextn_predict_layers: D }) =>
   [...range(L, L + D).map((layer) => w.has(`model.layers.${layer}.eh_proj.weight`)), false].indexOf(false);
 
+/** (21) */
+function mtp_input(h, tokens, w, name, cfg) {
+  const state = norm(h, w, `${name}.hnorm`, cfg), embedded = norm(embed(tokens, w), w, `${name}.enorm`, cfg);
+  return embedded.map((row, i) => linear(concatenate(row, state[i]), w, `${name}.eh_proj`));
+}
+
 /** (21), (22): pairs (h_i of module k - 1, token i + k), i from `start` on -> h_i of module k, after its norm. */
 function mtp(k, h, tokens, w, cfg, cache, start) {
-  const layer = cfg.num_hidden_layers + k - 1, name = `model.layers.${layer}`;
-  const state = norm(h, w, `${name}.hnorm`, cfg), embedded = norm(embed(tokens, w), w, `${name}.enorm`, cfg);
-  const x = embedded.map((row, i) => linear(concatenate(row, state[i]), w, `${name}.eh_proj`));
+  const layer = cfg.num_hidden_layers + k - 1, name = `model.layers.${layer}`, x = mtp_input(h, tokens, w, name, cfg);
   return norm(block(record(`${name}.eh_proj`, x), w, layer, cfg, cache, start), w, `${name}.shared_head.norm`, cfg);
 }
 
@@ -319,17 +326,28 @@ function small_float(code, E, M) {
   return code >> (E + M) ? -size : size;
 }
 
+/** The numbers of all codes, one for each, looked up. */
+function looked_up(codes, number) {
+  const table = Float64Array.from(range(0, 256 ** codes.BYTES_PER_ELEMENT), number), out = new Float64Array(codes.length);
+  for (let i = 0; i < out.length; i++) out[i] = table[codes[i]];
+  return out;
+}
+
 const DECODE = {
+  I64: (bytes) => Array.from(new BigInt64Array(bytes), Number),
   F64: (bytes) => new Float64Array(bytes),
   F32: (bytes) => new Float32Array(bytes),
-  F16: (bytes) => Array.from(new Uint16Array(bytes), (code) => small_float(code, 5, 10)),
-  BF16: (bytes) => new Float32Array(Uint32Array.from(new Uint16Array(bytes), (half) => half << 16).buffer),
-  F8_E4M3: (bytes) => Array.from(new Uint8Array(bytes), (c) => (c % 128 < 127 ? small_float(c, 4, 3) : NaN)),
+  F16: (bytes) => looked_up(new Uint16Array(bytes), (code) => small_float(code, 5, 10)),
+  BF16: (bytes) => looked_up(new Uint16Array(bytes), (code) => new Float32Array(Uint32Array.of(code << 16).buffer)[0]),
+  F8_E4M3: (bytes) => looked_up(new Uint8Array(bytes), (c) => (c % 128 < 127 ? small_float(c, 4, 3) : NaN)),
 };
 
 /** One scale for each block of 128 x 128, the last ones cropped. It multiplies, rounded to float32. */
 const dequantize = (rows, scale) =>
   rows.map((row, y) => row.map((value, x) => Math.fround(value * scale[y >> 7][x >> 7])));
+
+const in_rows = (data, shape) =>
+  shape.length < 2 ? data : split(data, shape[0]).map((part) => in_rows(part, shape.slice(1)));
 
 /** The tensors of one file: 8 bytes, the length of the header; the header in JSON; the bytes of all tensors. */
 function read_safetensors(file) {
@@ -337,8 +355,8 @@ function read_safetensors(file) {
   const { __metadata__, ...header } = JSON.parse(bytes.toString("utf8", 8, start));
   return Object.entries(header).map(([name, { dtype, shape, data_offsets: [from, to] }]) => [name, () => {
     only(`dtype of ${name}`, dtype, Object.keys(DECODE));
-    const data = Float64Array.from(DECODE[dtype](Uint8Array.from(bytes.subarray(start + from, start + to)).buffer));
-    return { dtype, data: shape.length === 2 ? split(data, shape[0]) : data };
+    const data = new Float64Array(DECODE[dtype](Uint8Array.prototype.slice.call(bytes, start + from, start + to).buffer));
+    return { dtype, data: in_rows(data, shape) };
   }]);
 }
 
@@ -349,7 +367,7 @@ function checkpoint(directory) {
   const stored = new Map(files.flatMap((file) => read_safetensors(`${directory}/${file}`))), kept = new Map();
   const decode = ({ dtype, data }, name) => (dtype === "F8_E4M3" ? dequantize(data, get(`${name}_scale_inv`)) : data);
   const get = (name) => kept.get(name) ?? kept.set(name, decode(stored.get(name)(), name)).get(name);
-  return { get, has: (name) => stored.has(name) };
+  return { get, has: (name) => stored.has(name), stored };
 }
 
 /** A number, or vectors in lists of any depth -> a tensor to be written; lists of plain numbers are integers. */
@@ -394,7 +412,104 @@ function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
   return speculate ? { tokens, drafts, accepted } : { tokens };
 }
 
+/** The nearest number of E4M3, of two equally near ones the even. */
+function to_e4m3(x) {
+  const step = 2 ** (Math.max(Math.floor(Math.log2(Math.abs(x))), -6) - 3), n = Math.abs(x) / step;
+  const whole = Math.floor(n), up = n - whole > 0.5 || (n - whole === 0.5 && whole % 2 === 1);
+  return Math.sign(x) * Math.min(step * (whole + up), 448);
+}
+
+/** y = W x as the release multiplies, which the page does not: x in tiles of 1 x 128, whose scale is largest / 448 in
+ * float32, or the next power of two; codes times codes, then both scales. */
+function fp8_linear(x, codes, scales, power_of_two) {
+  const tiles = split(x, x.length / 128), quantised = tiles.map((tile) => {
+    const exact = Math.fround(Math.fround(Math.max(1e-4, ...tile.map(Math.abs))) / 448);
+    const scale = power_of_two ? 2 ** Math.ceil(Math.log2(exact)) : exact;
+    return { scale, tile: tile.map((value) => to_e4m3(Math.fround(value / scale))) };
+  });
+  const part = (row, y) => ({ scale, tile }, i) =>
+    dot(tile, row.subarray(128 * i, 128 * (i + 1))) * scale * scales[y >> 7][i];
+  return { y: Float64Array.from(codes, (row, y) => sum(quantised.map(part(row, y)))),
+           x_scale: Float64Array.from(quantised, ({ scale }) => scale) };
+}
+
+/** Accepted with probability min(1, p / q), else a token of max(p - q, 0), by two uniform numbers. */
+function verify(p, q, draft, [first, second]) {
+  if (first * q[draft] < p[draft]) return { accepted: 1, token: draft };
+  const rest = p.map((value, i) => Math.max(value - q[i], 0)), wanted = second * sum(rest);
+  let token = 0;
+  for (let total = rest[0]; total <= wanted && token < rest.length - 1; total += rest[token]) token++;
+  return { accepted: 0, token };
+}
+
+/** One answer for each token -> lists by name. */
+const by_name = (rows) =>
+  Object.fromEntries(Object.keys(rows[0]).map((name) => [name, rows.map((row) => row[name])]));
+
+/** The only FP8 matrix of a case: its codes' numbers and scales. */
+function fp8_matrix(w) {
+  const name = [...w.stored.keys()].find((key) => w.has(`${key}_scale_inv`));
+  return { name, codes: w.stored.get(name)().data, scales: w.get(`${name}_scale_inv`) };
+}
+
+/** The pieces of the model alone, as (inputs, weights, config, layer) -> the answer. */
+const COMPONENTS = {
+  rms_norm: ({ x }, w, cfg, layer) => ({ y: norm(x, w, `model.layers.${layer}.input_layernorm`, cfg) }),
+  rope({ x, positions }, w, cfg) {
+    const { cos, sin } = phases(Array.from(positions), cfg);
+    return { y: x.map((heads, t) => heads.map((row) => rope(row, [cos[t], sin[t]]))) };
+  },
+  router: ({ x }, w, cfg, layer) => by_name(x.map((row) => route(row, w, `model.layers.${layer}.mlp`, cfg))),
+  experts({ x, indices, weights }, w, cfg, layer) {
+    const each = (row, chosen) => Array.from(chosen, (e) => swiglu(row, w, `model.layers.${layer}.mlp.experts.${e}`));
+    return { y: x.map((row, t) => weighted_sum(weights[t], each(row, indices[t]))) };
+  },
+  moe: ({ x }, w, cfg, layer) => ({ y: moe(x, w, `model.layers.${layer}.mlp`, cfg) }),
+  mla: ({ x, cache }, w, cfg, layer) => ({ y: mla(x, w, layer, cfg, held(cache, layer), cache.length) }),
+  attention_core({ q, cache }, w, cfg) {
+    const start = cache.length - q.length, scale = softmax_scale(cfg), v = cache.map((c) => [c.subarray(0, cfg.kv_lora_rank)]);
+    const lse = (row, t) => {
+      const score = cache.slice(0, start + t + 1).map((entry) => scale * dot(row, entry)), max = score[argmax(score)];
+      return max + Math.log(sum(score.map((value) => Math.exp(value - max))));
+    };
+    return { o: attention(q, cache.map((entry) => [entry]), v, start, scale),
+             lse: q.map((heads, t) => Float64Array.from(heads, (row) => lse(row, t))) };
+  },
+  mla_prologue({ x, start }, w, cfg, layer) {
+    const { cos, sin } = phases(range(start[0], start[0] + x.length), cfg), C = cfg.kv_lora_rank;
+    return by_name(x.map((row, t) => {
+      const at = [w, `model.layers.${layer}.self_attn`, cfg, [cos[t], sin[t]]];
+      const heads = mla_query(row, ...at), entry = mla_latent(row, ...at);
+      return { q_nope: heads.map(({ nope }) => nope), q_rope: heads.map((head) => head.rope),
+               kv_latent: entry.slice(0, C), k_rope: entry.slice(C) };
+    }));
+  },
+  mtp_input: ({ h, tokens }, w, cfg, layer) =>
+    ({ y: mtp_input(h, Array.from(tokens), w, `model.layers.${layer}`, cfg) }),
+  block: ({ x, cache }, w, cfg, layer) => ({ y: block(x, w, layer, cfg, held(cache, layer), cache.length) }),
+  dequantize: (given, w) => ({ weight: w.get(fp8_matrix(w).name).map((row) => Float32Array.from(row)) }),
+  fp8_linear({ x }, w, cfg) {
+    const { codes, scales } = fp8_matrix(w), power_of_two = cfg.quantization_config.scale_fmt === "ue8m0";
+    return by_name(x.map((row) => fp8_linear(row, codes, scales, power_of_two)));
+  },
+  verify: ({ p, q, draft, uniform }) => by_name(p.map((row, n) => verify(row, q[n], draft[n], uniform[n]))),
+};
+
+/** A cache that holds these entries of one layer. */
+function held(entries, layer) {
+  const cache = [];
+  cache[layer] = entries;
+  return cache;
+}
+
+function component({ component, layer, directory }, w, cfg) {
+  only("component", component, Object.keys(COMPONENTS));
+  const given = read_safetensors(`${directory}/inputs.safetensors`).map(([name, read]) => [name, read().data]);
+  return COMPONENTS[component](Object.fromEntries(given), w, cfg, layer);
+}
+
 const DO = {
+  component,
   trace: ({ prompts, chunks, depth }, w, cfg) => prompts.map((prompt) => trace(prompt, w, cfg, chunks, depth ?? 0)),
   generate: ({ prompts, ...how }, w, cfg) => prompts.map((prompt) => generate(prompt, how, w, cfg)),
   losses({ prompts, ...how }, w, cfg) { // the mean over the prompts, which are equally long
@@ -412,7 +527,7 @@ function answer(directory) {
   only("do", request.do, Object.keys(DO));
   only("dtype", request.dtype, ["float64", "float32"]); // both are computed in float64
   const w = request.do === "phases" ? null : checkpoint(directory);
-  const answers = [DO[request.do](request, w, config && parse_config(config))].flat(); // perhaps one for each prompt
+  const answers = [DO[request.do]({ directory, ...request }, w, config && parse_config(config))].flat(); // perhaps one for each prompt
   const prefix = (n) => (request.do === "generate" || answers.length > 1 ? `${n}/` : "");
   const named = answers.flatMap((each, n) => Object.entries(each).map(([name, x]) => [prefix(n) + name, x]));
   write_safetensors(`${directory}/answer.safetensors`, named);

@@ -15,6 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import cases
+
 import deepseek_v3 as dsv3
 
 
@@ -110,7 +112,118 @@ def dequantize(directory, dtype):
     return {"weight": stored["weight"].whole()}
 
 
-DO = {function.__name__: function for function in (trace, generate, losses, phases, update_bias, dequantize)}
+# ---- Components ----------------------------------------------------------------------------------------------------
+
+
+def component(directory, dtype, component, layer):
+    """One piece of the model, given its input."""
+    cfg, w = dsv3.read_config(directory), dsv3.read_safetensors(directory / "model.safetensors")
+    for name, x in w.items():
+        x.scale = w[f"{name}_scale_inv"].whole() if x.kind == "F8_E4M3" else None
+    if component in ("dequantize", "fp8_linear"):
+        (matrix,) = (x for x in w.values() if x.kind == "F8_E4M3")
+        if component == "dequantize":
+            return {"weight": matrix.whole()}
+    w = {name: x.whole() for name, x in w.items()}
+    w = {name: x.astype(np.promote_types(dtype, np.float32) if ".mlp.gate." in name else dtype) for name, x in w.items()}
+    given = safetensors.numpy.load_file(directory / "inputs.safetensors")
+    if component == "fp8_linear":
+        return fp8_linear(given["x"], matrix, json.loads((directory / "config.json").read_text()), dtype)
+    if component == "verify":
+        return verify(**given)
+    given = {name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in given.items()}
+    answer = COMPONENTS[component](w, cfg, f"model.layers.{layer}", **given)
+    return answer if isinstance(answer, dict) else {"y": answer}
+
+
+def rope(w, cfg, name, x, positions):
+    return dsv3.rope(x, np.concatenate([dsv3.rotations(p, 1, cfg, x.dtype) for p in positions])[:, None])
+
+
+def router(w, cfg, name, x):
+    with dsv3.recording() as named:
+        dsv3.route(x, w, f"{name}.mlp", cfg)
+    return {key.rpartition(".")[2]: x for key, x in named.items()}
+
+
+def cached(w, cfg, name, cache, x):
+    """What attention gets: the rotation of the new tokens, and attention that sees the entries before them."""
+    held = dsv3.Cache(len(cache) + len(x))
+    held.write(f"{name}.self_attn", cache)
+    held.length = len(cache)
+    return dsv3.rotations(len(cache), len(x), cfg, x.dtype), functools.partial(dsv3.mla_cached, held)
+
+
+def mla(w, cfg, name, x, cache):
+    return dsv3.mla(x, w, f"{name}.self_attn", cfg, *cached(w, cfg, name, cache, x))
+
+
+def block(w, cfg, name, x, cache):
+    return dsv3.block(x, w, int(name.split(".")[2]), cfg, *cached(w, cfg, name, cache, x), dsv3.moe_chosen)
+
+
+def mla_prologue(w, cfg, name, x, start):
+    rotation_TP = dsv3.rotations(int(start[0]), len(x), cfg, x.dtype)
+    q_nope_THN, q_rope_THR = dsv3.mla_query(x, w, f"{name}.self_attn", cfg, rotation_TP)
+    kv_TL = dsv3.mla_latent(x, w, f"{name}.self_attn", cfg, rotation_TP)
+    kv_latent_TC, k_rope_TR = np.split(kv_TL, [cfg.kv_lora_rank], axis=-1)
+    return {"q_nope": q_nope_THN, "q_rope": q_rope_THR, "kv_latent": kv_latent_TC, "k_rope": k_rope_TR}
+
+
+def attention_core(w, cfg, name, q, cache):
+    """The page keeps no log-sum-exp."""
+    k_SJL, scale, (T, S) = cache[:, None], dsv3.softmax_scale(cfg), (len(q), len(cache))
+    o_THL = dsv3.attention_in_pieces(q, k_SJL, k_SJL, scale)
+    score_THS = scale * dsv3.wide(q @ cache.T)
+    visible_TS = np.arange(S) <= np.arange(S - T, S)[:, None]
+    lse_TH = np.logaddexp.reduce(np.where(visible_TS[:, None], score_THS, -np.inf), axis=-1)
+    return {"o": o_THL[..., : cfg.kv_lora_rank], "lse": lse_TH}
+
+
+def mtp_input(w, cfg, name, h, tokens):
+    embedded = dsv3.rms_norm(w["model.embed_tokens.weight"][tokens], w, f"{name}.enorm", cfg.rms_norm_eps)
+    state = dsv3.rms_norm(h, w, f"{name}.hnorm", cfg.rms_norm_eps)
+    return dsv3.linear(np.concatenate([embedded, state], axis=-1), w, f"{name}.eh_proj")
+
+
+def fp8_linear(x, matrix, config, dtype):
+    """As the release multiplies, which the page does not: codes times codes, then both scales. x (T, X)."""
+    matrix.scale, scale = np.ones_like(matrix.scale), matrix.scale
+    tiles = x.astype(np.float32).reshape(len(x), -1, cases.BLOCK)
+    x_scale = np.maximum(np.abs(tiles).max(-1), np.float32(1e-4)) / np.float32(448)
+    if config["quantization_config"].get("scale_fmt") == "ue8m0":
+        x_scale = np.exp2(np.ceil(np.log2(x_scale)))
+    code = cases.from_fp8(cases.e4m3((tiles / x_scale[..., None]).reshape(x.shape).astype(np.float64)), None)
+    y, rows = np.zeros((len(x), len(matrix.whole())), dtype), matrix.whole()
+    for i in range(x_scale.shape[1]):
+        columns = slice(i * cases.BLOCK, (i + 1) * cases.BLOCK)
+        part = code[:, columns].astype(dtype) @ rows[:, columns].T.astype(dtype)
+        y += part * x_scale[:, i : i + 1] * scale[:, i].repeat(cases.BLOCK)[: len(rows)]
+    return {"y": y, "x_scale": x_scale}
+
+
+class Numbers:
+    """In place of a random generator: a given number for each question."""
+
+    def __init__(self, first, second):
+        self.random, self.second = lambda: first, second
+
+    def choice(self, n, p):
+        return np.searchsorted(np.cumsum(p), self.second, side="right")
+
+
+def verify(p, q, draft, uniform):
+    rows = [dsv3.verify(a, b, d, Numbers(*u)) for a, b, d, u in zip(p, q, draft, uniform, strict=True)]
+    accepted, token = np.array(rows, np.int64).T.copy()
+    return {"accepted": accepted, "token": token}
+
+
+COMPONENTS = {f.__name__: f for f in (rope, router, mla, block, mla_prologue, attention_core, mtp_input)} | {
+    "rms_norm": lambda w, cfg, name, x: dsv3.rms_norm(x, w, f"{name}.input_layernorm", cfg.rms_norm_eps),
+    "experts": lambda w, cfg, name, x, indices, weights:
+        dsv3.moe_chosen(x, w, f"{name}.mlp", indices, weights, cfg),
+    "moe": lambda w, cfg, name, x: dsv3.moe(x, w, f"{name}.mlp", cfg, dsv3.moe_chosen)}  # fmt: skip
+DO = {f.__name__: f for f in (trace, generate, losses, phases, update_bias, dequantize, component)}
 
 
 def answer(directory, request):
