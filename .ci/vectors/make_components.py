@@ -327,7 +327,8 @@ def near_tie(case, weights, given, arrays):
 
 def make(name, case):
     """-> the case with its arrays' names and shapes, and the arrays, some as a sample of rows."""
-    for case["seed"] in range(case["seed"], case["seed"] + 20):
+    for seed in range(case["seed"], case["seed"] + 20):
+        case["seed"] = seed
         with tempfile.TemporaryDirectory() as directory:
             weights, given = read(cases.write(case, directory))
         arrays = answer(case, weights, given)

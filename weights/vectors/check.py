@@ -93,7 +93,7 @@ def judge(name, case, expected, answer, directory, request):
     traced = case["do"] == "trace"
     needed = None if traced else [array for array in reference if array not in case.get("optional", [])]
     if case["do"] == "component":
-        return judge_component(case, mine, reference, request["dtype"], needed)
+        return judge_component(case, reference, mine, request["dtype"], needed)
     verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
     if verdict.agrees or verdict.at not in mine or mine[verdict.at].shape != reference[verdict.at].shape:
         return verdict
@@ -109,17 +109,17 @@ def judge(name, case, expected, answer, directory, request):
     return verdict._replace(text=verdict.text + hint)
 
 
-def judge_component(case, mine, reference, dtype, needed):
-    """Shapes are those of whole arrays; of a large one some rows are compared."""
-    for array in case["arrays"]:
-        shape = list(mine[array].shape) if array in mine else case["shapes"][array]
-        if shape != case["shapes"][array]:
-            text = f"departs at {array}: its shape is {shape} instead of {case['shapes'][array]}"
+def judge_component(case, reference, mine, dtype, needed):
+    """The rows of an answer that the reference is a sample of, judged. dtype: in which it was computed, perhaps in
+    half precision though the answer is of float32."""
+    mine, tolerance = dict(mine), case["tolerance"]
+    for array, shape in case["shapes"].items():
+        if array in mine and list(mine[array].shape) != shape:
+            text = f"departs at {array}: its shape is {list(mine[array].shape)} instead of {shape}"
             return compare.Verdict(False, text, array)
-    for array in case.get("sample", {}).keys() & mine.keys():
-        mine[array] = mine[array].reshape(-1, case["shapes"][array][-1])[case["sample"][array]]
-    tolerance = case["tolerance"]
-    if dtype in ("float16", "bfloat16"):  # an answer in float32 of a computation in half precision
+        if array in mine and array in case.get("sample", {}):
+            mine[array] = mine[array].reshape(-1, shape[-1])[case["sample"][array]]
+    if dtype in ("float16", "bfloat16"):
         half = compare.allowed(dtype, tolerance)
         tolerance = {"8": half, "4": half, "2": tolerance["2"]}
     return compare.compare(mine, reference, tolerance, None, needed)

@@ -125,7 +125,8 @@ def component(directory, dtype, component, layer):
         if component == "dequantize":
             return {"weight": matrix.whole()}
     w = {name: x.whole() for name, x in w.items()}
-    w = {name: x.astype(np.promote_types(dtype, np.float32) if ".mlp.gate." in name else dtype) for name, x in w.items()}
+    router = np.promote_types(dtype, np.float32)
+    w = {name: x.astype(router if ".mlp.gate." in name else dtype) for name, x in w.items()}
     given = safetensors.numpy.load_file(directory / "inputs.safetensors")
     if component == "fp8_linear":
         return fp8_linear(given["x"], matrix, json.loads((directory / "config.json").read_text()), dtype)
