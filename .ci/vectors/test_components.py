@@ -1,6 +1,6 @@
 """Of each component a right kernel of half precision passes, and planted mistakes depart.
 
-    pip install torch && pytest .ci/vectors/test_components.py; with -m kit those of the release's sizes
+    pip install torch && pytest -m kit .ci/vectors/test_components.py
 
 The right kernels are reference.py's in float32, with what they hand on rounded; a mistake is such a
 kernel given another configuration, other weights or inputs, or its answer changed.
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the right kernels need torch")
+pytestmark = pytest.mark.kit
 import reference  # noqa: E402
 
 VECTORS = Path(__file__).resolve().parents[2] / "weights" / "vectors"
@@ -29,7 +30,7 @@ EXPECTED = cases.read_expected()
 CASES = {name: case for name, case in cases.read_index().items() if case["do"] == "component"}
 LARGE = {"experts.release", "mla_prologue.heads_16", "mla_prologue.release", "mla.heads_16",
          "mtp_input.release", "block.heads_16", "moe.experts_256"}  # fmt: skip
-NAMES = [pytest.param(name, marks=pytest.mark.kit) if name in LARGE else name for name in CASES]
+NAMES = list(CASES)
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SILENT = {("angles in float32", "bfloat16")}  # off by 5e-3, which BF16 rounds away
 
