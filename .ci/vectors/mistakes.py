@@ -796,6 +796,8 @@ simple("mlp.gate.weights", "v3_yarn", {
     "gates are a softmax of the chosen affinities": lambda: routing(
         scale=lambda g, s, cfg: dsv3.softmax(g) * cfg.routed_scaling_factor),
     "gates are not scaled": lambda: routing(scale=lambda g, s, cfg: normalised(g, s, cfg) / cfg.routed_scaling_factor),
+    "gates are scaled twice": lambda: routing(
+        scale=lambda g, s, cfg: normalised(g, s, cfg) * cfg.routed_scaling_factor),
     "gates are scaled before they are normalised": lambda: routing(
         scale=lambda g, s, cfg: g / g.sum(-1, keepdims=True)),
 })  # fmt: skip
@@ -837,6 +839,8 @@ simple("mlp", "v3_yarn", {
     "no routed experts": lambda: experts(lambda routed, shared, cfg: shared),
     "the shared expert is scaled too": lambda: experts(
         lambda routed, shared, cfg: routed + shared * cfg.routed_scaling_factor),
+    "the shared expert is scaled down": lambda: experts(
+        lambda routed, shared, cfg: routed + shared / cfg.routed_scaling_factor),
     "gates multiply the experts' inputs": lambda: routed(gate_before),
     "gates go to the chosen experts in another order": lambda: routed(
         lambda x, w, name, index, gate, cfg: RIGHT_MOE(x, w, name, index, gate[:, ::-1], cfg)),
@@ -986,6 +990,9 @@ simple("weight", "fp8", {
     "FP8's blocks are rows / scales high": lambda: {"dequantize": lambda code, scale: RIGHT_DEQUANTIZE(
         code, np.ones_like(scale)) * scale.repeat(-(-code.shape[0] // scale.shape[0]), 0)[: code.shape[0]].repeat(
         -(-code.shape[1] // scale.shape[1]), 1)[:, : code.shape[1]]},
+    "FP8 is read as E4M3FNUZ": lambda: {"dequantize": lambda code, scale: np.where(
+        code == 0x80, np.float32(np.nan), np.where(code & 127 == 127, 480 * np.sign(127.5 - code) * RIGHT_DEQUANTIZE(
+            code * 0 + 0x38, scale), RIGHT_DEQUANTIZE(code, scale)) / 2).astype(np.float32)},
     "FP8 has no NaN": lambda: {"dequantize": lambda code, scale: np.where(
         code & 127 == 127, 480 * np.sign(127.5 - code) * RIGHT_DEQUANTIZE(code * 0 + 0x38, scale),
         RIGHT_DEQUANTIZE(code, scale)).astype(np.float32)},

@@ -131,13 +131,13 @@ def attention_core(cfg, w, given, layer, rnd=exact):
     A kernel rounds e^(score - max) before it meets the values, and the sum once."""
     q, cache, C = given["q"], given["cache"], cfg["kv_lora_rank"]
     T, S = len(q), len(cache)
-    score = torch.einsum("thl,sl->ths", q, cache) * softmax_scale(cfg)
+    score = torch.einsum("thl,kl->thk", q, cache) * softmax_scale(cfg)
     later = torch.arange(S) > torch.arange(S - T, S)[:, None]
     score = score.masked_fill(later[:, None], -math.inf)
     largest = score.amax(-1, keepdim=True)
     e = (score - largest).exp()
     total = e.sum(-1, keepdim=True)
-    o = torch.einsum("ths,sc->thc", rnd(e), cache[:, :C])
+    o = torch.einsum("thk,kc->thc", rnd(e), cache[:, :C])
     return {"o": rnd(o / total), "lse": (largest + total.log())[..., 0]}
 
 
@@ -147,7 +147,7 @@ def mla(cfg, w, given, layer, rnd=exact):
     made = mla_prologue(cfg, w, given | {"start": len(cached)}, layer, rnd)
     up = w[f"{name}.kv_b_proj.weight"].unflatten(0, (cfg["num_attention_heads"], -1))
     w_uk, w_uv = up.split([cfg["qk_nope_head_dim"], cfg["v_head_dim"]], 1)
-    q = rnd(torch.einsum("thn,hnc->thc", made["q_nope"], w_uk))
+    q = rnd(torch.einsum("thd,hdc->thc", made["q_nope"], w_uk))
     q = torch.cat([q, made["q_rope"]], -1)
     cache = torch.cat([cached, torch.cat([made["kv_latent"], made["k_rope"]], -1)])
     o = attention_core(cfg, w, {"q": q, "cache": cache}, layer, rnd)["o"]

@@ -419,3 +419,10 @@ def test_a_planted_mistake_departs(component, mistake, plant, dtype):
 def test_split_keys_merged_by_log_sum_exp_pass(name):
     run, *rest = kernel(name, "bfloat16")
     assert verdict(name, in_tiles(64, merged)(run, *rest), "bfloat16").agrees
+
+
+def test_the_shortest_port_passes(capsys):
+    command = f"{sys.executable} {VECTORS / 'router.py'}"
+    assert check.main([command, "--strict", "--component", "router"]) == 0
+    assert check.main([command, "--case", "rope.small"]) == 1, "it only lacks, and nothing agrees"
+    assert "1 skipped" in capsys.readouterr().out

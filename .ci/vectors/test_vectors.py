@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 HERE = Path(__file__).resolve().parents[2] / "weights" / "vectors"
 sys.path[:0] = [str(HERE), str(Path(__file__).parent)]
@@ -134,6 +135,14 @@ def test_mistakes_are_named():
         hint = mistakes.diagnose(mine, request, directory, at, case["arrays"], case["tolerance"], known)
         named[what] = what in hint
     assert len(named) >= 90 and sum(named.values()) >= 0.8 * len(named), [what for what in named if not named[what]]
+
+
+def test_a_loss_of_shape_1_is_named_too(tmp_path):
+    what, (directory, request) = "the main loss is in bits", files("losses", "float64")
+    mine = {array: np.reshape(x, -1) for array, x in wrong_answer(what, "losses", "float64").items()}
+    safetensors.numpy.save_file(mine, tmp_path / "answer.safetensors")
+    answer = tmp_path / "answer.safetensors"
+    assert what in check.judge("losses", INDEX["losses"], EXPECTED, answer, directory, request).text
 
 
 def test_no_mistake_is_named_that_does_not_explain():

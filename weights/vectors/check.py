@@ -95,7 +95,7 @@ def judge(name, case, expected, answer, directory, request):
     if case["do"] == "component":
         return judge_component(case, reference, mine, request["dtype"], needed)
     verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
-    if verdict.agrees or verdict.at not in mine or mine[verdict.at].shape != reference[verdict.at].shape:
+    if verdict.agrees or verdict.at not in mine or mine[verdict.at].size != reference[verdict.at].size:
         return verdict
     try:
         sys.path.append(str(cases.HERE.parents[1] / ".ci" / "vectors"))
