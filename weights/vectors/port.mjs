@@ -326,9 +326,16 @@ function small_float(code, E, M) {
   return code >> (E + M) ? -size : size;
 }
 
-/** The numbers of all codes, one for each, looked up. */
-function looked_up(codes, number) {
-  const table = Float64Array.from(range(0, 256 ** codes.BYTES_PER_ELEMENT), number), out = new Float64Array(codes.length);
+const NUMBER = {
+  F16: (code) => small_float(code, 5, 10),
+  BF16: (code) => new Float32Array(Uint32Array.of(code << 16).buffer)[0],
+  F8_E4M3: (code) => (code % 128 < 127 ? small_float(code, 4, 3) : NaN),
+};
+const TABLES = {}; // the number of each code
+
+function looked_up(codes, dtype) {
+  const table = (TABLES[dtype] ??= Float64Array.from(range(0, 256 ** codes.BYTES_PER_ELEMENT), NUMBER[dtype]));
+  const out = new Float64Array(codes.length);
   for (let i = 0; i < out.length; i++) out[i] = table[codes[i]];
   return out;
 }
@@ -337,9 +344,9 @@ const DECODE = {
   I64: (bytes) => Array.from(new BigInt64Array(bytes), Number),
   F64: (bytes) => new Float64Array(bytes),
   F32: (bytes) => new Float32Array(bytes),
-  F16: (bytes) => looked_up(new Uint16Array(bytes), (code) => small_float(code, 5, 10)),
-  BF16: (bytes) => looked_up(new Uint16Array(bytes), (code) => new Float32Array(Uint32Array.of(code << 16).buffer)[0]),
-  F8_E4M3: (bytes) => looked_up(new Uint8Array(bytes), (c) => (c % 128 < 127 ? small_float(c, 4, 3) : NaN)),
+  F16: (bytes) => looked_up(new Uint16Array(bytes), "F16"),
+  BF16: (bytes) => looked_up(new Uint16Array(bytes), "BF16"),
+  F8_E4M3: (bytes) => looked_up(new Uint8Array(bytes), "F8_E4M3"),
 };
 
 /** One scale for each block of 128 x 128, the last ones cropped. It multiplies, rounded to float32. */
