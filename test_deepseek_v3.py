@@ -810,7 +810,6 @@ NUMBERS = st.integers(0, 9)
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=5))
 def test_speculation_verify_makes_p_of_q(weights):
-    """From drafts drawn from any q it draws p."""
     p, q = np.array(weights, float).T + 1e-3 * (np.arange(len(weights)) == 0)
     p, q, total = p / p.sum(), q / q.sum(), np.zeros(len(weights))
     for draft in np.flatnonzero(q):
@@ -971,8 +970,9 @@ def test_config_in_both_spellings_is_one():
 
 
 def test_config_absent_keys_mean_what_v3_has_or_are_named():
-    means = {name: getattr(dsv3.Config(), name) for name in dsv3.OPTIONAL}
-    means |= {"q_lora_rank": None, "rope_scaling": None}
+    means = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 163840,
+             "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "q_lora_rank": None,
+             "rope_scaling": None}
     implied = [*dsv3.SUPPORTED, "num_key_value_heads", "quantization_config"]
     for absent in (without, lambda keys, *names: keys | dict.fromkeys(names)):
         assert dsv3.parse_config(absent(RELEASE, *implied)) == dsv3.Config()

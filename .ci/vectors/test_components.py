@@ -25,12 +25,10 @@ import cases  # noqa: E402
 import check  # noqa: E402
 import make_components  # noqa: E402
 import port  # noqa: E402
+from test_vectors import LARGE  # noqa: E402
 
 EXPECTED = cases.read_expected()
 CASES = {name: case for name, case in cases.read_index().items() if case["do"] == "component"}
-LARGE = {"experts.release", "mla_prologue.heads_16", "mla_prologue.release", "mla.heads_16",
-         "mtp_input.release", "block.heads_16", "moe.experts_256"}  # fmt: skip
-NAMES = list(CASES)
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SILENT = {("angles in float32", "bfloat16")}  # off by 5e-3, which BF16 rounds away
 
@@ -58,7 +56,7 @@ def kernel(name, dtype):
     return lambda cfg, w, x: function(cfg, w, x, case["layer"], rnd), case["config"], weights, given
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_a_right_kernel_passes(name, dtype):
     run, *rest = kernel(name, dtype)
@@ -66,7 +64,7 @@ def test_a_right_kernel_passes(name, dtype):
     assert found.agrees, found.text
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_page_passes(name, tmp_path):
     request = check.prepare(name, CASES[name], EXPECTED, tmp_path / name, "float64")
     found = verdict(name, port.answer(tmp_path / name, request), "float64")

@@ -197,7 +197,7 @@ FAULTS = {  # a port in a few lines -> what the line must say
     "ended by a signal": (HEADER + "os.kill(os.getpid(), 9)", "was ended by SIGKILL: it says nothing"),
     "two lines": (HEADER + "print('what\\nis\\nit', file=sys.stderr); sys.exit(1)", "code 1: what ... it"),
     "a child that stays": (HEADER + "import subprocess; subprocess.Popen(['sleep', '99']); sys.exit(7)", "code 7"),
-    "another precision": (WRITE + "write({'lm_head': ('F16', [1, 48], bytes(96))})", "departs at lm_head"),
+    "another precision": (WRITE + "write({'lm_head': ('F16', [1, 48], bytes(96))})", "answers in float16"),
     "another dtype": (WRITE + "write({'lm_head': ('C64', [1, 48], bytes(384))})", "C64"),
     "integers": (WRITE + "write({'lm_head': ('I64', [1, 48], bytes(384))})", "departs at lm_head"),
     "unknown names": (WRITE + "write({'logits': ('F64', [1, 48], bytes(384))})", "logits, for lm_head?"),
@@ -250,6 +250,12 @@ def test_request_that_cannot_be_used_is_one_line(tmp_path):
         code, lines = checked(*args)
         assert code == 2 and len(lines) == 1
     assert checked("no-such-program", "--case", "one_token")[1][0].endswith("No such file or directory")
+
+
+def test_cases_and_components_add_up():
+    code, lines = checked("--list", "--case", "one_token", "--component", "rope")
+    ropes = [name for name, case in INDEX.items() if case.get("component") == "rope"]
+    assert code == 0 and sorted(line.split()[0] for line in lines) == sorted(["one_token", *ropes]) != ["one_token"]
 
 
 def test_keep_leaves_the_files(tmp_path):
