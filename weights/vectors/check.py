@@ -12,6 +12,7 @@ For CI: --strict, by which whatever does not agree in all arrays departs, and --
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -95,10 +96,13 @@ def judge(name, case, expected, answer, directory, request):
         raise Failed(f"answers in {coarsest}, in which it cannot be judged: it was asked for {request['dtype']}")
     traced = case["do"] == "trace"
     needed = None if traced else [array for array in reference if array not in case.get("optional", [])]
+    tolerance = tolerance_of(case, request["dtype"])
     if case["do"] == "component":
-        return judge_component(case, reference, mine, request["dtype"], needed)
-    verdict = compare.compare(mine, reference, case["tolerance"], directory if traced else None, needed)
-    if verdict.agrees or verdict.at not in mine or mine[verdict.at].size != reference[verdict.at].size:
+        verdict = judge_component(case, reference, mine, request["dtype"], needed)
+    else:
+        verdict = compare.compare(mine, reference, tolerance, directory if traced else None, needed)
+    right = case.get("shapes", {}).get(verdict.at) or (() if verdict.at is None else reference[verdict.at].shape)
+    if verdict.agrees or verdict.at not in mine or mine[verdict.at].size != math.prod(right):
         return verdict
     try:
         sys.path.append(str(cases.HERE.parents[1] / ".ci" / "vectors"))
@@ -106,26 +110,28 @@ def judge(name, case, expected, answer, directory, request):
     except ImportError:  # in a copy of this folder alone mistakes have no names
         return verdict
     try:
-        hint = diagnose(mine, request, directory, verdict.at, list(reference), case["tolerance"])
+        hint = diagnose(mine, request, directory, verdict.at, list(reference), tolerance)
     except Exception as e:  # the verdict stands whatever becomes of its name
         hint = f"; no mistake was looked for, by a fault of the kit: {e!r:.160}"
     return verdict._replace(text=verdict.text + hint)
 
 
+def tolerance_of(case, dtype):
+    """A component is perhaps computed in half precision though the answer is of float32."""
+    half = compare.allowed(dtype, case["tolerance"]) if case["do"] == "component" and dtype in HALF else None
+    return case["tolerance"] | ({"8": half, "4": half} if half is not None else {})
+
+
 def judge_component(case, reference, mine, dtype, needed):
-    """The rows of an answer that the reference is a sample of, judged. dtype: in which it was computed, perhaps in
-    half precision though the answer is of float32."""
-    mine, tolerance = dict(mine), case["tolerance"]
+    """The rows of an answer that the reference is a sample of, judged. dtype: in which it was to be computed."""
+    mine = dict(mine)
     for array, shape in case["shapes"].items():
         if array in mine and list(mine[array].shape) != shape:
             text = f"departs at {array}: its shape is {list(mine[array].shape)} instead of {shape}"
             return compare.Verdict(False, text, array)
         if array in mine and array in case.get("sample", {}):
             mine[array] = mine[array].reshape(-1, shape[-1])[case["sample"][array]]
-    if dtype in HALF:
-        half = compare.allowed(dtype, tolerance)
-        tolerance = {"8": half, "4": half, "2": tolerance["2"]}
-    return compare.compare(mine, reference, tolerance, None, needed)
+    return compare.compare(mine, reference, tolerance_of(case, dtype), None, needed)
 
 
 def check(name, case, expected, command, args, base):
@@ -193,25 +199,27 @@ def check_all(chosen, command, args):
     """Check the chosen cases, or without a command leave their files alone -> the exit code."""
     expected, counts = cases.read_expected(), dict.fromkeys(["agrees", "partly", "departs", "skipped"], 0)
     suite = ElementTree.Element("testsuite", name="DeepSeek-V3")
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, case in chosen.items():
-            if not command:
-                prepare(name, case, expected, args.keep / name, args.dtype)
-                continue
-            outcome, line = check(name, case, expected, command, args, args.keep or Path(scratch))
-            outcome = "departs" if args.strict and outcome != "agrees" else outcome
-            line = "".join(c if c.isprintable() else "?" for c in line)
-            counts[outcome] += 1
-            print(f"{name:24} {line}", flush=True)
-            entry = ElementTree.SubElement(suite, "testcase", name=name, classname=case["do"])
-            if outcome in ("departs", "skipped"):
-                verdict = "failure" if outcome == "departs" else "skipped"
-                ElementTree.SubElement(entry, verdict, message=line)
-    if args.junit:
-        suite.set("tests", str(len(suite)))
-        suite.set("failures", str(counts["departs"]))
-        suite.set("skipped", str(counts["skipped"]))
-        ElementTree.ElementTree(suite).write(args.junit, encoding="utf-8", xml_declaration=True)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, case in chosen.items():
+                if not command:
+                    prepare(name, case, expected, args.keep / name, args.dtype)
+                    continue
+                outcome, line = check(name, case, expected, command, args, args.keep or Path(scratch))
+                outcome = "departs" if args.strict and outcome != "agrees" else outcome
+                line = "".join(c if c.isprintable() else "?" for c in line)
+                counts[outcome] += 1
+                print(f"{name:24} {line}", flush=True)
+                entry = ElementTree.SubElement(suite, "testcase", name=name, classname=case["do"])
+                if outcome in ("departs", "skipped"):
+                    verdict = "failure" if outcome == "departs" else "skipped"
+                    ElementTree.SubElement(entry, verdict, message=line)
+    finally:  # of a run that was ended, too
+        if args.junit:
+            suite.set("tests", str(len(suite)))
+            suite.set("failures", str(counts["departs"]))
+            suite.set("skipped", str(counts["skipped"]))
+            ElementTree.ElementTree(suite).write(args.junit, encoding="utf-8", xml_declaration=True)
     if command:
         print(", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n or outcome != "partly"))
     return 1 if counts["departs"] or (command and not counts["agrees"] + counts["partly"]) else 0
