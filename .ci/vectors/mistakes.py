@@ -7,7 +7,6 @@ An edit is "what stands there once => what stands there then".
 """
 
 import functools
-import json
 import re
 import sys
 import types
@@ -105,7 +104,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             "return z.view(z.real.dtype) => return xp.concatenate([z.real, z.imag], axis=-1)"],
         "RoPE turns the other way": "wide(x[..., 1::2])) * rotation => wide(x[..., 1::2])) * rotation.conj()",
         "nothing is rotated": "wide(x[..., 1::2])) * rotation => wide(x[..., 1::2])) * abs(rotation)",
-        "positions count from 1": "xp.arange(start, start + T)[:, None] => xp.arange(start + 1, start + T + 1)[:, None]",
+        "positions count from 1": "xp.arange(start, start + T)[:, None] => 1 + xp.arange(start, start + T)[:, None]",
         "frequencies are theta^(-j/R)": "theta ** -(np.arange(0, R, 2) / R) => theta ** -(np.arange(R // 2) / R)",
         "frequencies are kept in bfloat16": "xp.asarray(rope_frequencies(cfg)) => (rope_frequencies(cfg).astype('f4')"
             ".view('u4') + 0x8000 & 0xFFFF0000).view('f4').astype(float)",
@@ -408,11 +407,13 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     ("0/drafts", "generate_mtp_small_vocab verify.rules", {
         "all drafts are rejected": "if rng.random() * q_W[draft] < p_W[draft]: => if False:",
     }),
-    ("token", "verify.rules", {"a rejected draft is drawn anew from p": "rest_W = np.maximum(p_W - q_W, 0) => rest_W = p_W"}),
+    ("token", "verify.rules", {
+        "a rejected draft is drawn anew from p": "rest_W = np.maximum(p_W - q_W, 0) => rest_W = p_W",
+    }),
     ("accepted", "verify.rules", {
         "a draft is accepted only if it is the likeliest": "if rng.random() * q_W[draft] < p_W[draft]: => "
                                                            "if draft == np.argmax(p_W):",
-        "a draft is accepted by q / p": "rng.random() * q_W[draft] < p_W[draft] => rng.random() * p_W[draft] < q_W[draft]",
+        "a draft is accepted by q / p": "() * q_W[draft] < p_W[draft]: => () * p_W[draft] < q_W[draft]:",
     }),
     # ---- Losses, balancing, FP8
     ("mtp.1", "losses", {
@@ -458,13 +459,13 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     ("y", "fp8_linear.tiles", {
         "fp8_linear: activations are not quantised": "code = cases.from_fp8( => code = x / x_scale.repeat(128, 1)  #",
         "fp8_linear: activations have one scale per token":
-            "x_scale = np.maximum(np.abs(tiles).max(-1), => x_scale = np.maximum(0 * tiles[..., 0] + abs(x).max(-1)[:, None],",
+            "np.abs(tiles).max(-1), => 0 * tiles[..., 0] + abs(x).max(-1)[:, None],",
         "fp8_linear: activations have one scale":
-            "x_scale = np.maximum(np.abs(tiles).max(-1), => x_scale = np.maximum(0 * tiles[..., 0] + abs(x).max(),",
+            "np.abs(tiles).max(-1), => 0 * tiles[..., 0] + abs(x).max(),",
         "fp8_linear: the weights' scales are left out": "* scale[:, i].repeat(cases.BLOCK)[: len(rows)] =>",
     }),
     ("y", "fp8_linear.powers_of_two", {
-        "fp8_linear: scales are no powers of two": 'if config["quantization_config"].get("scale_fmt") == "ue8m0": => if 0:',
+        "fp8_linear: scales are no powers of two": '.get("scale_fmt") == "ue8m0": => .get("scale_fmt") == 0:',
     }),
 ]  # fmt: skip
 
@@ -484,22 +485,23 @@ MISTAKES = {what: Mistake(parsed(edits), shown.split(), where)
 compiled = functools.cache(lambda block: compile(block, "deepseek_v3.py, edited", "exec"))
 
 
-def at(source, old):
-    """Where the edited text stands in a source, with its indentation left out; None if not at all."""
-    found = [m.span() for m in re.finditer(re.escape(old.strip()), source)]
-    assert len(found) < 2, f"stands {len(found)} times: {old}"
-    return found[0] if found else None
+def found(source, edits):
+    """[(where, the new text)] of those that this source has, the last one first."""
+    spans = [(list(re.finditer(re.escape(old.strip()), source)), old, new.strip()) for old, new in edits]
+    assert all(len(there) < 2 for there, *_ in spans), f"stands more than once: {edits}"
+    return sorted(((*there[0].span(), new) for there, _, new in spans if there), reverse=True)
 
 
 @functools.cache
 def edited(what):
     """port.py, which makes the mistake, and the names of the functions and classes that were edited."""
     edits, names, modules = MISTAKES[what].edits if what else [], set(), []
-    assert all(any(at(source, old) for source in SOURCES.values()) for old, _ in edits), f"not found: {what}"
+    assert all(any(found(source, [edit]) for source in SOURCES.values()) for edit in edits), f"not found: {what}"
     for path, source in SOURCES.items():
-        for (start, end), new in sorted(((at(source, old), new) for old, new in edits if at(source, old)), reverse=True):
+        for start, end, new in found(source, edits):
             names.add(re.findall(r"^(?:def|class) (\w+)", source[:end], re.MULTILINE)[-1])
-            source = source[:start] + (new.strip() or "pass" * source[:start].endswith("    ")) + source[end:]
+            statement = source[:start].endswith("\n    ")
+            source = source[:start] + (new or "pass" * statement) + source[end:]
         modules.append(types.ModuleType(path.stem))
         modules[-1].__file__ = str(path)
         for block in source.split("\n\n\n"):  # those that are as they were are compiled once

@@ -157,16 +157,17 @@ def test_no_mistake_is_named_that_does_not_explain():
     """Noise, and a mistake with a second one behind it."""
     directory, request = files("v3_yarn", "float64")
     names, at, mine = INDEX["v3_yarn"]["arrays"], "model.layers.0.self_attn.q_rope", trace_of()
+    what = "YaRN slows the fast pairs and keeps the slow ones"
     mine[at] = mine[at] * (1 + 1e-7)
     mistakes.suspects.clear()
     assert mistakes.diagnose(mine, request, directory, at, names) == ""
-    mine = {**wrong_answer("YaRN slows the fast pairs and keeps the slow ones", "v3_yarn", "float64")}
-    assert mistakes.diagnose(mine, request, directory, at, names) == "; as if YaRN slows the fast pairs and keeps the slow ones"
+    mine = {**wrong_answer(what, "v3_yarn", "float64")}
+    assert mistakes.diagnose(mine, request, directory, at, names) == f"; as if {what}"
     mine["model.norm"] = mine["model.norm"] + 1
-    assert mistakes.diagnose(mine, request, directory, at, names) == "; as if YaRN slows the fast pairs and keeps the slow ones, up to model.norm"
+    assert mistakes.diagnose(mine, request, directory, at, names) == f"; as if {what}, up to model.norm"
     mine["model.layers.0.self_attn.k_rope"] = mine["model.layers.0.self_attn.k_rope"] + 1
     hint = mistakes.diagnose(mine, request, directory, at, names)
-    assert hint == "; as if YaRN slows the fast pairs and keeps the slow ones, up to model.layers.0.self_attn.k_rope"
+    assert hint == f"; as if {what}, up to model.layers.0.self_attn.k_rope"
 
 
 # ---- Ports that fail -----------------------------------------------------------------------------------------------

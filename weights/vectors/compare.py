@@ -304,7 +304,7 @@ class Comparison:
         if d and base.endswith("_rope"):
             halves = np.concatenate([want[..., 0::2], want[..., 1::2]], axis=-1)
             if differ(mine, halves, self.limits[name]) is None:
-                self.notes.append("its rotated pairs stand as halves, as in HF; if those of queries and keys do, no score changes")
+                self.notes.append("its rotated pairs stand as halves, as in HF: harmless if queries' and keys' both do")
                 return None
         return d
 
