@@ -166,9 +166,10 @@ add("silu", "experts", "(12)",
     inputs={"x": (4, 24), "indices": [[0, 3, 7], [7, 2, 1], [3, 0, 6], [5, 4, 7]],
             "weights": gates(4, 3)})  # fmt: skip
 add("release", "experts", "(12)",
-    "Hidden size 7,168, experts of 2,048; two of the 256, one a token.",
+    "Hidden size 7,168, experts of 2,048; five tokens of two of the 256, one a token.",
     config=RELEASE | dict(num_experts_per_tok=1), reads=of_experts(0, 255), stored=BF16,
-    inputs={"x": (2, 7168), "indices": [[255], [0]], "weights": gates(2, 1)})  # fmt: skip
+    inputs={"x": (5, 7168), "indices": [[255], [0], [0], [255], [0]], "weights": gates(5, 1)},
+    sample={"y": [0, 4]})  # fmt: skip
 
 add("small", "moe", "(12)-(16)", "Router, routed experts, and the shared one without a gate.",
     reads=[f"{LAYER}mlp."], inputs={"x": (5, 24)})  # fmt: skip
@@ -217,6 +218,10 @@ add("absorbed", "mla", "(10)", "One token behind 40 entries, more than an entry 
 add("heads_16", "mla", "(1)-(11)", "16 heads of the release's; two queries see 64 and 65 entries.",
     config=HEADS_16, reads=[ATTENTION], stored=BF16,
     inputs={"x": (2, 7168), "cache": (63, 576)})  # fmt: skip
+add("heads_128", "mla", "(1)-(11)",
+    "All 128 heads of the release; hidden size and the queries' latent 256; two queries see 128 and 129 entries.",
+    config=RELEASE | dict(hidden_size=256, q_lora_rank=256), reads=[ATTENTION], stored=BF16,
+    inputs={"x": (2, 256), "cache": (127, 576)})  # fmt: skip
 
 MTP = "model.layers.1."
 MTP_READS = ["model.embed_tokens", f"{MTP}enorm", f"{MTP}hnorm", f"{MTP}eh_proj"]

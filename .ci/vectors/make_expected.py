@@ -122,7 +122,8 @@ add("one_token", "(1)-(16)",
     "At position 0 neither rotation nor softmax scale can be seen: what passes here and fails v3_yarn has its mistake "
     "there.",
     "onnxruntime/mobius#548", lengths=[1])  # fmt: skip
-add("long", "(10)", "A softmax over 200 keys.", config=V3_YARN, lengths=[200], seed=10, keep="lm_head",
+add("long", "(10)", "A softmax over 199 keys, then 200 in the absorbed form: tiles of keys that are averaged differ.",
+    config=V3_YARN, lengths=[200], seed=10, chunks=[199, 1], keep="lm_head",
     tolerance={"8": 1e-9, "4": 2e-4})  # fmt: skip
 add("chunks", "(1), (3), (10)",
     "Tokens enter the cache in chunks: positions go on, and a chunk sees all before it; then one token at a time, "
@@ -133,8 +134,9 @@ add("chunks_of_three", "(10)",
     "huggingface/candle#3743", "deepseek-ai/DeepSeek-V3#1536",
     config=V3_YARN, seed=1, chunks=[3, 3, 3, 3, 2], keep=LAST)  # fmt: skip
 add("absorbed", "(1)-(5), (10), (11)",
-    "Every token in a chunk of its own: the absorbed form throughout, W_UK on the query's side, W_UV behind the sum.",
-    "ml-explore/mlx-lm#1509", "lablup/mlxcel#907", config=V3_YARN, seed=2, chunks=[1] * 14, keep=LAST)  # fmt: skip
+    "Every token in a chunk of its own: the absorbed form throughout, W_UK on the query's side, W_UV behind the sum; "
+    "in the end more keys than an entry has numbers.",
+    "ml-explore/mlx-lm#1509", "lablup/mlxcel#907", config=V3_YARN, lengths=[24], seed=2, chunks=[1] * 24, keep=LAST)  # fmt: skip
 add("absorbed_moonlight", "(9), (10)",
     "The absorbed form where queries are not compressed and RoPE is plain.",
     "ml-explore/mlx-lm#1509", config=MOONLIGHT, seed=3, chunks=[1] * 14, keep=LAST)  # fmt: skip
@@ -157,6 +159,10 @@ add("yarn_crossing", "4.3",
     "A prompt of 40 tokens where the original context is 24: frequencies and softmax scale are the same before and "
     "after.",
     "pytorch/torchtitan#4117", config=CROSSING, lengths=[40], chunks=[20, 20], keep=rf"{LAST}|{ROTATED}")  # fmt: skip
+add("far_out", "4.3",
+    "A prompt that begins at position 163,000: angles in float32 are seen in the layers.",
+    "sgl-project/sglang-jax#1473", lengths=[6], start=163000,
+    keep=LAST + r"|model\.layers\.0\.self_attn\.[qk]_rope")  # fmt: skip
 PHASES = dict(do="phases", origin="the equations, with 50 digits", tolerance={"8": 1e-9, "4": 1e-6, "2": 2e-3})
 add("phases", "4.3",
     "cos and sin of the release at far positions: an angle in float32 is off by 5e-3 rad at 163,839.",
@@ -223,7 +229,7 @@ add("mtp_depth_2", "(21)-(23)", "Module 2 takes the state of module 1 after its 
 add("mtp_chunks", "(22)",
     "Each of two modules has a latent cache of its own, and the pairs that span two chunks are in it.",
     "vllm-project/vllm#15153", config=dict(num_nextn_predict_layers=2), seed=8, depth=2,
-    chunks=[4, 1, 5, 1, 3], keep=LAST)  # fmt: skip
+    chunks=[4, 1, 5, 1, 3], keep=rf"{LAST}|.*\.eh_proj")  # fmt: skip
 add("losses", "(17)-(20), (24), (25)",
     "As printed: f_i counts the plain top K_r; eq. (24) divides T - k terms by T; lambda / D; L_Bal is summed over "
     "layers.",
@@ -233,6 +239,10 @@ add("losses", "(17)-(20), (24), (25)",
 
 add("update_bias", "2.1.2", "sign(0) = 0, not centred, underloaded goes up.", "deepseek-ai/DeepSeek-V3#761",
     do="update_bias", gamma=0.25, origin="plain Python")  # fmt: skip
+add("update_bias_counts", "2.1.2",
+    "Loads of about 40,000, as a batch has, whose mean is no integer: an integer mean, or loads in half precision, "
+    "move other biases.",
+    "NVIDIA/Megatron-LM#7081", do="update_bias", gamma=0.25, origin="plain Python")  # fmt: skip
 add("fp8", "3.3",
     "weight_scale_inv multiplies; blocks of 128 x 128, the last ones cropped; 0x7f and 0xff are NaN.",
     "tenstorrent/tt-metal#38127", do="dequantize", tolerance={"4": 0},
@@ -241,8 +251,12 @@ add("fp8", "3.3",
 add("bf16", "checkpoint", "BF16 is the upper half of a float32; the routing bias beside it is F32.",
     "safetensors/safetensors#598", "tinygrad/tinygrad#2453",
     lengths=[6], keep=LAST, stored={"dtype": "BF16"})  # fmt: skip
-add("f16", "checkpoint", "F16, with shards and an index: each tensor from the file that the index names.",
-    lengths=[6], keep=LAST, stored={"dtype": "F16", "shards": 3})  # fmt: skip
+add("f16", "checkpoint",
+    "F16, with shards and an index: each tensor from the file that the index names, whatever the shards before and "
+    "after hold; numbers too small for F16's exponents (subnormal) are numbers.",
+    lengths=[6], keep=LAST, weights={"scale": {"o_proj.weight": 2.0**-14}},
+    stored={"dtype": "F16", "shards": 3,
+            "stale": ["model.embed_tokens.weight", "model.layers.1.mlp.shared_experts.up_proj.weight"]})  # fmt: skip
 add("f64", "checkpoint", "F64: read as it is, not by way of float32.",
     lengths=[6], keep=LAST, stored={"dtype": "F64"})  # fmt: skip
 add("fp8_checkpoint", "3.3",
@@ -256,10 +270,16 @@ add("ue8m0_checkpoint", "3.3", "V3.1's scales, powers of two, still stored as F3
     "huggingface/transformers#46763", "deepseek-ai/DeepSeek-V3#961", config=SEVERAL_BLOCKS, lengths=[6], keep=LAST,
     stored={"dtype": "F8_E4M3", "scales": "ue8m0"})  # fmt: skip
 
+add("bf16_scales", "3.3", "FP8 scales that are stored as BF16.",
+    config=SEVERAL_BLOCKS | ONE_LAYER, lengths=[4], keep=LAST,
+    stored={"dtype": "F8_E4M3", "scales": "bf16"})  # fmt: skip
+
 GENERATE = dict(do="generate", speculate=False)
 SPECULATE = dict(do="generate", speculate=True)
-add("generate", "(1)-(16)", "Greedy tokens from the latent cache are those that the whole sequence gives each time.",
-    "lablup/mlxcel#998", config=V3_YARN, max_tokens=24, **GENERATE)  # fmt: skip
+add("generate", "(1)-(16)",
+    "Greedy tokens from the latent cache are those that the whole sequence gives each time. The sixth is config.json's "
+    "eos_token_id: the request names no end token, so it ends nothing.",
+    "lablup/mlxcel#998", config=V3_YARN | dict(eos_token_id=33), max_tokens=24, **GENERATE)  # fmt: skip
 add("generate_moonlight", "(9)", "The same where queries are not compressed and there are no groups.",
     config=MOONLIGHT, max_tokens=16, **GENERATE)  # fmt: skip
 add("generate_ragged", "(10)", "Prompts of unequal length: each as if alone.",
@@ -274,9 +294,12 @@ add("generate_mtp_small_vocab", "2.2",
     "Some drafts are right, by chance: then a pass makes two tokens, and the module sees both pairs.",
     "NVIDIA/TensorRT-LLM#5285", "vllm-project/vllm#14649",
     config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
+add("generate_mtp_end", "2.2",
+    "The third token, an accepted draft, is an end token: what was made after it is left out.",
+    config=SMALL_VOCAB, seed=14, max_tokens=24, end_tokens=[0], **SPECULATE)  # fmt: skip
 add("generate_mtp_ragged", "2.2",
     "Prompts of unequal length whose drafts are accepted at different times: in a batch, after the first pass no two "
-    "rows are at one position.",
+    "rows are at one position. The last token of row 2 is an accepted draft.",
     config=SMALL_VOCAB, lengths=[7, 3, 1], seed=28, max_tokens=16, **SPECULATE)  # fmt: skip
 add("generate_mtp_cache", "2.2",
     "The MTP module is layer L with a cache of its own: where it writes into the last main layer's, another text "
@@ -397,9 +420,10 @@ class Judge:
             fill(part, self.layers, weights)
             watch(part, self.layers, self.kept, self.gaps, unseen)
 
-    def logits(self, tokens):
+    def logits(self, tokens, start=0):
         """(T, W) of a list of tokens, the whole sequence at once, nothing cached."""
-        return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+        positions = torch.arange(start, start + len(tokens))[None]
+        return self.model(torch.tensor([tokens]), position_ids=positions, use_cache=False).logits[0]
 
     def mtp_logits(self, tokens):
         """The logits of each MTP module, after `logits` of the same tokens. Row i of module k is the pair (state i,
@@ -411,11 +435,11 @@ class Judge:
             logits.append(self.mtp.shared_head(state)[0])
         return logits
 
-    def arrays(self, tokens):
+    def arrays(self, tokens, start=0):
         """All arrays of a trace, in the order of computation."""
         self.kept.clear()
         self.gaps.clear()
-        self.logits(tokens)
+        self.logits(tokens, start)
         arrays = dict(self.kept)
         for k, logits in enumerate(self.mtp_logits(tokens) if len(tokens) > self.depth else []):
             name = f"model.layers.{self.layers + k}"
@@ -435,13 +459,15 @@ class Judge:
 def read_checkpoint(directory):
     """All tensors of a checkpoint, as stored, and as they are read: FP8 times the scale of its block in float32, then
     all in float64."""
-    stored = {}
-    for shard in sorted(Path(directory).glob("*.safetensors")):
-        stored |= safetensors.torch.load_file(shard)
+    shards = {path.name: safetensors.torch.load_file(path) for path in Path(directory).glob("*.safetensors")}
+    index = Path(directory) / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {
+        name: shard for shard, held in shards.items() for name in held}  # fmt: skip
+    stored = {name: shards[shard][name] for name, shard in weight_map.items()}
     read = dict(stored)
     for name, x in stored.items():
         if x.dtype == torch.float8_e4m3fn:
-            read[name] = x.to(torch.float32) * spread(stored[f"{name}_scale_inv"], x.shape)
+            read[name] = x.to(torch.float32) * spread(stored[f"{name}_scale_inv"].to(torch.float32), x.shape)
     return stored, {name: x.to(torch.float64) for name, x in read.items()}
 
 
@@ -449,7 +475,7 @@ def written(case):
     """The tensors of a case's checkpoint, as they are read; where cases.py rounds by itself, it must round as torch."""
     with tempfile.TemporaryDirectory() as directory:
         stored, read = read_checkpoint(write(case, directory))
-    copies = r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"
+    copies = r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight|.*_scale_inv"
     for name, x in stored.items():
         if x.dtype in (torch.bfloat16, torch.float8_e4m3fn) and not re.fullmatch(copies, name):
             exact = torch.from_numpy(unrounded(case, name, x.shape)).to(torch.float32)
@@ -470,7 +496,7 @@ def make_trace(name, case, weights):
                              rf"model\.layers\.{first}\.mlp\.gate.*|model\.norm|lm_head")  # fmt: skip
     judge, arrays = Judge(case["config"], weights), {}
     for n, prompt in enumerate(case["prompts"]):
-        row = judge.arrays(prompt)
+        row = judge.arrays(prompt, case.get("start", 0))
         assert name.startswith("ties") or not judge.near_ties(), name
         arrays |= {(f"{n}/" if len(case["prompts"]) > 1 else "") + name: x for name, x in row.items()
                    if re.fullmatch(stays, name)}  # fmt: skip
@@ -480,7 +506,7 @@ def make_trace(name, case, weights):
 def continued(judge, prompt, max_tokens, stop=None):
     """The prompt and the likeliest tokens after it."""
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens and tokens[-1] != stop:
+    while len(tokens) < len(prompt) + max_tokens and tokens[len(prompt) :][-1:] != [stop]:
         tokens.append(int(stable_topk(judge.logits(tokens)[-1], 1)[1]))
     return tokens
 
@@ -516,9 +542,9 @@ def verified(tokens, drafts, T):
 def make_generate(name, case, weights):
     judge, arrays = Judge(case["config"], weights), {}
     for n, prompt in enumerate(case["prompts"]):
-        row, made = generated(judge, prompt, case["max_tokens"], case["speculate"],
+        row, made = generated(judge, prompt, case["max_tokens"], case["speculate"], *case.get("end_tokens", []),
                               gaps=(ROUTING_GAP, 0 if name == "generate_ties" else TOKEN_GAP))  # fmt: skip
-        assert made == case["max_tokens"], (name, n, made)
+        assert made == case["max_tokens"] or "end_tokens" in case, (name, n, made)
         arrays |= {f"{n}/{key}": x for key, x in row.items()}
     return arrays
 
@@ -592,6 +618,8 @@ def make_phases(name, case, weights):
 def make_update_bias(name, case, weights):
     """arXiv:2408.15664, Algorithm 1: b_i += gamma sign(mean load - load_i)."""
     bias, load = [0.5, -0.25, 0.0, 1.0, 0.75, -0.5, 0.25, 2.0], [12.0, 3.0, 5.0, 5.0, 4.0, 4.0, 2.0, 5.0]
+    if name == "update_bias_counts":
+        load = [40000, 40001, 39999, 40003, 40000, 40000, 39998, 40001]
     mean = sum(load) / len(load)
     new = [b + case["gamma"] * ((n < mean) - (n > mean)) for b, n in zip(bias, load, strict=True)]
     return {name: torch.tensor(x) for name, x in (("given/bias", bias), ("given/load", load), ("bias", new))}

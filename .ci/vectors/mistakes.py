@@ -146,7 +146,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "rope_theta is 10,000 whatever the configuration says": "R, theta, yarn = cfg.qk_rope_head_dim, cfg.rope_theta "
                                                                 "=> R, theta, yarn = cfg.qk_rope_head_dim, 1e4",
     }),
-    ("cos", "phases", {
+    ("cos", "phases far_out", {
         "angles are computed in float32": f"{ANGLES} angle_TP = (xp.arange(start, start + T, dtype='f4')[:, None] "
                                           "* rope_frequencies(cfg).astype('f4')).astype(float)",
     }),
@@ -389,7 +389,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             f"{MTP_END} BEFORE = x_TD; {MTP_END[:-3]}",
             "rms_norm(h_TD, w, => rms_norm(BEFORE[: len(h_TD)] if k > 1 else h_TD, w,"],
     }),
-    ("self_attn", "mtp_chunks", {
+    ("eh_proj", "mtp_chunks", {
         "MTP pairs the last state of a chunk with its first token": "parts.append(dsv3.cached_pass( => "
             "part[1:] = [np.append(x[:-1], x[0]) if cache.length + size < len(arrays[0]) else x for x in part[1:]]; "
             "parts.append(dsv3.cached_pass(",
@@ -442,7 +442,33 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "overloaded experts get more": "return bias_E + gamma => return bias_E - gamma",
         "the bias moves by the load's error": f"{UPDATE} return bias_E + gamma * (load_E.mean() - load_E)",
     }),
-    ("weight", "fp8 dequantize.cropped", {
+    ("bias", "update_bias_counts", {
+        "the mean load is an integer": "xp.sign(xp.mean(load_E) => xp.sign(load_E.sum() // len(load_E)",
+        "loads are in half precision":
+            f"{UPDATE} n_E = load_E.astype(np.float16); return bias_E + gamma * xp.sign(n_E.mean() - n_E)",
+    }),
+    ("self_attn", "f16", {
+        "F16 numbers below 2^-14 are 0": "return part.astype(self.dtype, copy=False) => return xp.where("
+            "(abs(part) < 2**-14) & (self.kind == 'F16'), 0, part).astype(self.dtype)",
+        "a tensor is taken from the last shard that has it": "{name: shards[s][name] for name, s in "
+            "weight_map.items() if name in shards[s]} => {k: x for s in sorted(shards) for k, x in shards[s].items()}",
+    }),
+    ("model.layers.1", "f16", {
+        "a tensor is taken from the first shard that has it": "{name: shards[s][name] for name, s in weight_map.items() "
+            "if name in shards[s]} => {k: x for s in sorted(shards)[::-1] for k, x in shards[s].items()}",
+    }),
+    ("lm_head", "long", {
+        "tiles of 64 keys are averaged in decoding": "    kv_SL = cache.write(name, kv_TL) => kv_SL = cache.write(name, "
+            "kv_TL); cuts = len(kv_TL) == 1 and [*range(64, len(kv_SL), 64)]\n    if cuts: return sum(mla_naive("
+            "q_nope_THN, q_rope_THR, kv, w, name, cfg) for kv in xp.split(kv_SL, cuts)) / (len(cuts) + 1)\n   ",
+    }),
+    ("0/tokens", "generate_mtp_end", {
+        "an accepted draft ends nothing": "if token in stop: => if token in stop and token is not new[0]:",
+    }),
+    ("0/tokens", "generate", {
+        "config.json's eos_token_id ends a request": "if token in stop: => if token == 33:",
+    }),
+    ("weight", "fp8 dequantize.cropped bf16_scales", {
         "FP8 is divided by its scale": "xp.take(value, code[rows]) * => xp.take(value, code[rows]) /",
         "FP8 is read as E4M3FNUZ": ["value[127] = np.nan => value = value / 2",
                                     f"{VALUES} {VALUES[:-3].replace('-value', 'np.where(byte == 0, np.nan, -value)')}"],

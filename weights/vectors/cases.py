@@ -9,7 +9,8 @@ A case of index.json, in the order in which a porter should take them, has
     weights       how those of `formula` are changed: for each tensor whose name ends with the key, `scale` multiplies
                   it, then `shift` is added to it, or `set` gives its values
     stored        how the checkpoint stores them, in F32 if nothing is said: dtype, shards, scales, split_scales,
-                  copies; repeat: a matrix of more rows has them again, each time all moved on by one column
+                  copies; stale: of these tensors every other shard, too, holds one, which is wrong; repeat: a matrix
+                  of more rows has them again, each time all moved on by one column
     checkpoint    "shipped", instead of these three: the trained checkpoint in the directory above
     given         or the names of tensors that stand in model.safetensors alone
     arrays        the names of the expected arrays, in the order of computation; in expected.safetensors "{case}/{name}"
@@ -34,8 +35,8 @@ import numpy as np
 import safetensors.numpy
 
 HERE = Path(__file__).resolve().parent
-REQUEST = ("prompts", "chunks", "depth", "max_tokens", "speculate", "mtp_weight", "balance_weight", "positions",
-           "gamma", "component", "layer")  # fmt: skip
+REQUEST = ("prompts", "chunks", "depth", "start", "max_tokens", "speculate", "end_tokens", "mtp_weight",
+           "balance_weight", "positions", "gamma", "component", "layer")  # fmt: skip
 IN_FP8 = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj",
           "down_proj")  # fmt: skip
 BLOCK = 128  # a scale of an FP8 tensor is that of 128 x 128 elements
@@ -185,13 +186,15 @@ def e4m3(x):
 
 def to_fp8(x, scales=None):
     """FP8 codes and the scale of each block. A scale need not be the least one: here they differ by whole factors, so
-    that a block's neighbour is seen when it is taken. scales: "ue8m0" for powers of two."""
+    that a block's neighbour is seen when it is taken. scales: "ue8m0" for powers of two, "bf16" for numbers of BF16."""
     scale = np.empty([-(-n // BLOCK) for n in x.shape], np.float32)
     for i, j in np.ndindex(*scale.shape):
         largest = np.abs(x[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]).max()
         scale[i, j] = largest / 448 * (1 + (i + 2 * j) % 3)
     if scales == "ue8m0":
         scale = np.exp2(np.ceil(np.log2(scale)))
+    if scales == "bf16":
+        scale = from_bf16(bf16(scale))
     return e4m3((x.astype(np.float32) / each_element(scale, x.shape)).astype(np.float64)), scale
 
 
@@ -218,18 +221,11 @@ def stored(case, name, shape):
         x = from_bf16(bf16(x))  # a kernel of half precision, too, reads it as it is
     if dtype == "F8_E4M3":
         code, scale = to_fp8(x, how.get("scales"))
-        return {name: (dtype, code), f"{name}_scale_inv": ("F32", scale)}
+        kept = ("BF16", bf16(scale)) if how.get("scales") == "bf16" else ("F32", scale)
+        return {name: (dtype, code), f"{name}_scale_inv": kept}
     if dtype == "BF16":
         return {name: (dtype, bf16(x))}
     return {name: (dtype, x.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]))}
-
-
-def weight(case, name, shape):
-    """What a reader of the checkpoint gets for a tensor, in float64."""
-    (dtype, x), *scale = stored(case, name, shape).values()
-    if scale:
-        x = from_fp8(x, scale[0][1])
-    return (from_bf16(x) if dtype == "BF16" else x).astype(np.float64)
 
 
 # ---- A case as files -----------------------------------------------------------------------------------------------
@@ -294,7 +290,8 @@ def write(case, directory):
     shard = place(tensors, count, how.get("split_scales"))
     for i in range(count):
         file, part = f"model-{i + 1:05}-of-{count:05}.safetensors", [name for name in tensors if shard[name] == i]
-        write_safetensors(directory / file, {name: tensors[name] for name in part})
+        stale = {name: (tensors[name][0], tensors[name][1] * 0) for name in how.get("stale", []) if name not in part}
+        write_safetensors(directory / file, {name: tensors[name] for name in part} | stale)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(x.nbytes for _, x in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

@@ -198,7 +198,7 @@ function mla_absorbed(q, entries, w, name, cfg, start) {
  * rejected draft, is replaced. Keys are expanded at position 0, else absorbed, so that the kit tries both forms. */
 function mla(x, w, layer, cfg, cache, start) {
   const name = `model.layers.${layer}.self_attn`, C = cfg.kv_lora_rank;
-  const { cos, sin } = phases(range(start, start + x.length), cfg);
+  const first = (cache.first ?? 0) + start, { cos, sin } = phases(range(first, first + x.length), cfg);
   const q = x.map((row, t) => mla_query(row, w, name, cfg, [cos[t], sin[t]]));
   const entries = x.map((row, t) => mla_latent(row, w, name, cfg, [cos[t], sin[t]]));
   record(`${name}.q_rope`, q.map((heads) => heads.map(({ rope }) => rope)));
@@ -289,9 +289,9 @@ function in_chunks(tokens, sizes, step) {
   return [0, ...ends].flatMap((from, i) => step(tokens.slice(from, ends[i]), from));
 }
 
-/** All named activations of a prompt, also of `depth` modules, if it is long enough for them. */
-function trace(prompt, w, cfg, sizes, depth) {
-  const cache = [];
+/** All named activations of a prompt, also of `depth` modules, if it is long enough for them. first: its position. */
+function trace(prompt, w, cfg, sizes, depth, first = 0) {
+  const cache = Object.assign([], { first });
   recorded = {};
   let h = in_chunks(prompt, sizes, (tokens, from) => forward(tokens, w, cfg, cache, from));
   record("lm_head", head(h, w));
@@ -367,11 +367,12 @@ function read_safetensors(file) {
   }]);
 }
 
-/** has(name); get(name) -> a vector or matrix, decoded when first used. The index says which shards there are. */
+/** has(name); get(name) -> a vector or matrix, decoded when first used. The index says in which shard a tensor is. */
 function checkpoint(directory) {
   const index = read_json(`${directory}/model.safetensors.index.json`);
-  const files = index ? [...new Set(Object.values(index.weight_map))] : ["model.safetensors"];
-  const stored = new Map(files.flatMap((file) => read_safetensors(`${directory}/${file}`))), kept = new Map();
+  const files = index ? [...new Set(Object.values(index.weight_map))] : ["model.safetensors"], kept = new Map();
+  const held = (file) => read_safetensors(`${directory}/${file}`).filter(([name]) => !index || index.weight_map[name] === file);
+  const stored = new Map(files.flatMap(held));
   const decode = ({ dtype, data }, name) => (dtype === "F8_E4M3" ? dequantize(data, get(`${name}_scale_inv`)) : data);
   const get = (name) => kept.get(name) ?? kept.set(name, decode(stored.get(name)(), name)).get(name);
   return { get, has: (name) => stored.has(name), stored };
@@ -400,11 +401,12 @@ function write_safetensors(file, named) {
 // ---- 10. Generation, and the kit's requests ------------------------------------------------------------------------
 /** Greedy. With drafts the main model sees [t_n, draft of t_n+1] in one pass; the MTP module then sees the pairs
  * (h_i, t_i+1) of verified tokens, and drafts again. A rejected draft's entry is overwritten by the next pass. */
-function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
+function generate(prompt, { max_tokens, speculate, end_tokens = [] }, w, cfg) {
   const cache = [], tokens = [], drafts = [], accepted = [], likeliest = (state) => argmax(head([state], w)[0]);
   const drafting = speculate && mtp_depth(w, cfg) > 0;
+  const ends = (token) => end_tokens.includes(token);
   let start = 0, feed = prompt, draft = [];
-  while (tokens.length < max_tokens && !tokens.includes(stop)) {
+  while (tokens.length < max_tokens && !tokens.some(ends)) {
     const h = forward([...feed, ...draft], w, cfg, cache, start), made = [likeliest(h[feed.length - 1])];
     if (draft.length) {
       drafts.push(draft[0]);
@@ -416,6 +418,7 @@ function generate(prompt, { max_tokens, speculate, stop }, w, cfg) {
     if (drafting) draft = [likeliest(mtp(1, h.slice(0, pairs.length), pairs, w, cfg, cache, start).at(-1))];
     [start, feed] = [start + pairs.length, made.slice(-1)];
   }
+  if (tokens.some(ends)) tokens.length = tokens.findIndex(ends) + 1;
   return speculate ? { tokens, drafts, accepted } : { tokens };
 }
 
@@ -517,7 +520,8 @@ function component({ component, layer, directory }, w, cfg) {
 
 const DO = {
   component,
-  trace: ({ prompts, chunks, depth }, w, cfg) => prompts.map((prompt) => trace(prompt, w, cfg, chunks, depth ?? 0)),
+  trace: ({ prompts, chunks, depth, start }, w, cfg) =>
+    prompts.map((prompt) => trace(prompt, w, cfg, chunks, depth ?? 0, start)),
   generate: ({ prompts, ...how }, w, cfg) => prompts.map((prompt) => generate(prompt, how, w, cfg)),
   losses({ prompts, ...how }, w, cfg) { // the mean over the prompts, which are equally long
     const each = prompts.map((prompt) => training_objective(prompt, how, w, cfg));
@@ -545,9 +549,9 @@ function story(directory) {
   const [config, tokenizer] = ["config.json", "tokenizer.json"].map((name) => read_json(`${directory}/${name}`));
   const words = Object.entries(tokenizer.model.vocab).sort(([, a], [, b]) => a - b).map(([word]) => word);
   const prompt = ["Once", "Ġupon", "Ġa", "Ġtime"].map((word) => words.indexOf(word));
-  const how = { max_tokens: config.max_position_embeddings - 5, speculate: true, stop: config.eos_token_id };
+  const how = { max_tokens: config.max_position_embeddings - 5, speculate: true, end_tokens: [config.eos_token_id] };
   const { tokens } = generate([config.bos_token_id, ...prompt], how, checkpoint(directory), parse_config(config));
-  const text = [...prompt, ...tokens].map((id) => words[id]).join("").replace(words[how.stop], "");
+  const text = [...prompt, ...tokens].map((id) => words[id]).join("").replace(words[how.end_tokens[0]], "");
   console.log(text.replaceAll("Ġ", " ").replaceAll("Ċ", "\n"));
 }
 

@@ -32,12 +32,20 @@ def by_row(prompts, row):
     return {prefix + name: x for prefix, named in found.items() for name, x in named.items()}
 
 
-def trace(directory, dtype, prompts, chunks, depth):
+def trace(directory, dtype, prompts, chunks, depth, start=0):
     """Without chunks the definition, with them the computation."""
     w, cfg = load(directory, dtype)
+    if start:
+        return by_row(prompts, lambda prompt: trace_far_out(prompt, w, cfg, start))
     if chunks is None:
         return by_row(prompts, lambda prompt: dsv3.trace(prompt, w, cfg, None))
     return by_row(prompts, lambda prompt: trace_in_chunks(prompt, w, cfg, chunks, depth))
+
+
+def trace_far_out(prompt, w, cfg, start):
+    with dsv3.recording() as named:
+        dsv3.record("lm_head", dsv3.head(dsv3.forward(np.array(prompt), w, cfg, start), w))
+    return named
 
 
 def trace_in_chunks(prompt, w, cfg, chunks, depth):
@@ -62,7 +70,7 @@ def trace_in_chunks(prompt, w, cfg, chunks, depth):
     return named
 
 
-def generate(directory, dtype, prompts, max_tokens, speculate):
+def generate(directory, dtype, prompts, max_tokens, speculate, end_tokens=()):
     """The drafts are seen by what verifies them."""
     w, cfg = load(directory, dtype)
     made, verify = {}, dsv3.verify
@@ -76,7 +84,8 @@ def generate(directory, dtype, prompts, max_tokens, speculate):
                 return accepted, token
 
             dsv3.verify = watched
-            made[f"{n}/tokens"] = list(dsv3.generate(prompt, w, cfg, max_tokens, speculate=speculate))
+            tokens = dsv3.generate(prompt, w, cfg, max_tokens, stop=end_tokens, speculate=speculate)
+            made[f"{n}/tokens"] = list(tokens)
             if speculate:
                 made[f"{n}/drafts"], made[f"{n}/accepted"] = zip(*seen, strict=True) if seen else ((), ())
     finally:
