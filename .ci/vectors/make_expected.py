@@ -136,7 +136,8 @@ add("chunks_of_three", "(10)",
 add("absorbed", "(1)-(5), (10), (11)",
     "Every token in a chunk of its own: the absorbed form throughout, W_UK on the query's side, W_UV behind the sum; "
     "in the end more keys than an entry has numbers.",
-    "ml-explore/mlx-lm#1509", "lablup/mlxcel#907", config=V3_YARN, lengths=[24], seed=2, chunks=[1] * 24, keep=LAST)  # fmt: skip
+    "ml-explore/mlx-lm#1509", "lablup/mlxcel#907",
+    config=V3_YARN, lengths=[24], seed=2, chunks=[1] * 24, keep=LAST)  # fmt: skip
 add("absorbed_moonlight", "(9), (10)",
     "The absorbed form where queries are not compressed and RoPE is plain.",
     "ml-explore/mlx-lm#1509", config=MOONLIGHT, seed=3, chunks=[1] * 14, keep=LAST)  # fmt: skip

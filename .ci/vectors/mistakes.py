@@ -44,6 +44,7 @@ MTP_END = 'return rms_norm(x_TD, w, f"{name}.shared_head.norm", cfg.rms_norm_eps
 UPDATE = "return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype) =>"
 VALUES = "value = xp.asarray(np.concatenate([value, -value]).astype(np.float32)) =>"
 BLOCKS = "zip(slices(len(code), BLOCK), scale, strict=True) =>"
+SHARD = "{name: shards[s][name] for name, s in weight_map.items() if name in shards[s]} =>"
 SCORED = "balance_loss(named[f'{name}.scores'], cfg) =>".replace("'", '"')
 
 TABLE = [  # where it shows first, in these cases (of the first one, at that array): {the mistake: its edits}
@@ -261,7 +262,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "absorbed: the scale lacks mscale^2":
             "softmax_scale(cfg))  # of N + R, not L => softmax_scale(replace(cfg, rope_scaling=None)))",
     }),
-    ("o", "attention_core.tiles attention_core.splits", {
+    ("o", "attention_core.tiles attention_core.splits long", {
         "tiles of 64 keys are averaged, not merged by log-sum-exp": PLAIN[: PLAIN.index("return")]
             + "parts = [[attention(q_THX[t : t + 1], k_SJX[s], v_SJY[s], scale) for s in slices(len(k_SJX) - "
               "len(q_THX) + t + 1, 64)] for t in range(len(q_THX))]; "
@@ -450,23 +451,18 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     ("self_attn", "f16", {
         "F16 numbers below 2^-14 are 0": "return part.astype(self.dtype, copy=False) => return xp.where("
             "(abs(part) < 2**-14) & (self.kind == 'F16'), 0, part).astype(self.dtype)",
-        "a tensor is taken from the last shard that has it": "{name: shards[s][name] for name, s in "
-            "weight_map.items() if name in shards[s]} => {k: x for s in sorted(shards) for k, x in shards[s].items()}",
+        "a tensor is taken from the last shard that has it":
+            f"{SHARD} {{k: x for _, held in sorted(shards.items()) for k, x in held.items()}}",
     }),
     ("model.layers.1", "f16", {
-        "a tensor is taken from the first shard that has it": "{name: shards[s][name] for name, s in weight_map.items() "
-            "if name in shards[s]} => {k: x for s in sorted(shards)[::-1] for k, x in shards[s].items()}",
-    }),
-    ("lm_head", "long", {
-        "tiles of 64 keys are averaged in decoding": "    kv_SL = cache.write(name, kv_TL) => kv_SL = cache.write(name, "
-            "kv_TL); cuts = len(kv_TL) == 1 and [*range(64, len(kv_SL), 64)]\n    if cuts: return sum(mla_naive("
-            "q_nope_THN, q_rope_THR, kv, w, name, cfg) for kv in xp.split(kv_SL, cuts)) / (len(cuts) + 1)\n   ",
+        "a tensor is taken from the first shard that has it":
+            f"{SHARD} {{k: x for _, held in sorted(shards.items())[::-1] for k, x in held.items()}}",
     }),
     ("0/tokens", "generate_mtp_end", {
         "an accepted draft ends nothing": "if token in stop: => if token in stop and token is not new[0]:",
     }),
     ("0/tokens", "generate", {
-        "config.json's eos_token_id ends a request": "if token in stop: => if token == 33:",
+        "config.json's eos_token_id ends a request": "if token in stop: => if token == 33:",  # that case's
     }),
     ("weight", "fp8 dequantize.cropped bf16_scales", {
         "FP8 is divided by its scale": "xp.take(value, code[rows]) * => xp.take(value, code[rows]) /",
