@@ -5,8 +5,8 @@
 
 It lacks MTP modules (it runs them outside of the model), reads FP8 otherwise on a CPU, and does not know Kimi-K2's
 model_type. Ties, which torch.topk leaves open, go to the lowest index here. Of float64 all but `experts` compute in
-float32, angles too: hence rope.release and mla_prologue's heads_16 and release depart. So do both of `dequantize`:
-Fp8Dequantize takes the size of a block from the count of scales, and 138 rows with 2 are not blocks of 69.
+float32, angles too: hence rope.release and mla_prologue's heads_16 and release depart. So do both of `dequantize`: to
+Fp8Dequantize, which divides rows by scales, 138 rows with 2 scales are blocks of 69, and 576 with 5 are an error.
 """
 
 import json
