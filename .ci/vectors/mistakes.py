@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "weights" / "vectors")]
 import compare  # noqa: E402
 
 SOURCES = {path: path.read_text("utf-8") for path in (ROOT / "deepseek_v3.py", ROOT / "weights/vectors/port.py")}
-# The definition computes attention and experts, so that an edit of them is one of part II, too.
+# The definition computes attention, so that an edit of it is one of part II, too.
 PLAIN = "    (T, H, X), (S, J, Y) = q_THX.shape, v_SJY.shape => return attention(q_THX, k_SJX, v_SJY, scale)"
 FINAL = 'h_TD = rms_norm(x_TD, w, "model.norm", cfg.rms_norm_eps) =>'
 RAMP = "return freq_P * (1 - ramp_P) + freq_P / yarn.factor * ramp_P =>"
@@ -593,7 +593,7 @@ def explained(mine, wrong, at, order, tolerance):
     """Up to which array of the order the page's wrong answer is `mine`, 0 if not even up to the one that departs."""
     if not wrong or at not in wrong or not compare.compare(mine, {at: wrong[at]}, tolerance).agrees:
         return 0
-    wrong = {name: compare.numbers(wrong[name]) for base in order for name in wrong if compare.split(name)[1] == base}
+    wrong = {name: wrong[name] for base in order for name in wrong if compare.split(name)[1] == base}
     verdict = compare.compare(mine, wrong, tolerance, needed=[])
     end = len(order) if verdict.agrees else order.index(compare.split(verdict.at)[1])
     return end if end > order.index(compare.split(at)[1]) else 0

@@ -419,6 +419,14 @@ def test_split_keys_merged_by_log_sum_exp_pass(name):
     assert verdict(name, in_tiles(64, merged)(run, *rest), "bfloat16").agrees
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_mistake_of_a_component_is_named(dtype, tmp_path, capsys):
+    source = (VECTORS / "router.py").read_text().replace(' + w[gate + "e_score', ' - w[gate + "e_score')
+    (tmp_path / "router.py").write_text(source)
+    check.main([f"{sys.executable} {tmp_path / 'router.py'}", "--case", "router.small", "--dtype", dtype])
+    assert capsys.readouterr().out.splitlines()[0].endswith("; as if the bias is subtracted")
+
+
 def test_the_shortest_port_passes(capsys):
     command = f"{sys.executable} {VECTORS / 'router.py'}"
     assert check.main([command, "--strict", "--component", "router"]) == 0

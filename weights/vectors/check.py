@@ -110,6 +110,8 @@ def judge(name, case, expected, answer, directory, request):
     except ImportError:  # in a copy of this folder alone mistakes have no names
         return verdict
     try:
+        if not directory.exists():
+            prepare(name, case, expected, directory, request["dtype"])
         hint = diagnose(mine, request, directory, verdict.at, list(reference), tolerance)
     except Exception as e:  # the verdict stands whatever becomes of its name
         hint = f"; no mistake was looked for, by a fault of the kit: {e!r:.160}"
@@ -141,7 +143,7 @@ def check(name, case, expected, command, args, base):
     try:
         run(command, directory, args.timeout)
         with tempfile.TemporaryDirectory() as own:
-            if case["do"] != "component":
+            if case["do"] != "component":  # of which only a diagnosis reads the files
                 prepare(name, case, expected, Path(own, name), args.dtype)
             answer = directory / "answer.safetensors"
             verdict = judge(name, case, expected, answer, Path(own, name), request)
