@@ -163,10 +163,10 @@ def rms_norm(x, w, name, eps):
 
 
 def sigmoid(x):
-    """1 / (1 + e^-x), wide, returned in x's dtype; by e^-|x|, so that gradients are finite."""
-    negative = wide(x) < 0
-    e = xp.exp(xp.where(negative, wide(x), -wide(x)))
-    return (xp.where(negative, e, 1) / (1 + e)).astype(x.dtype, copy=False)
+    """1 / (1 + e^-x), wide, returned in x's dtype; as e^min(x, 0) / (1 + e^-|x|): no power and no
+    gradient overflows."""
+    e = xp.exp(xp.minimum(wide(x), 0))
+    return (e / (1 + xp.exp(xp.minimum(wide(x), -wide(x))))).astype(x.dtype, copy=False)
 
 
 def silu(x):
