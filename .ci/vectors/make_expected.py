@@ -295,9 +295,11 @@ add("generate_mtp_small_vocab", "2.2",
     "Some drafts are right, by chance: then a pass makes two tokens, and the module sees both pairs.",
     "NVIDIA/TensorRT-LLM#5285", "vllm-project/vllm#14649",
     config=SMALL_VOCAB, seed=14, max_tokens=24, **SPECULATE)  # fmt: skip
-add("generate_mtp_end", "2.2",
-    "The third token, an accepted draft, is an end token: what was made after it is left out.",
-    config=SMALL_VOCAB, seed=14, max_tokens=24, end_tokens=[0], **SPECULATE)  # fmt: skip
+add("generate_end", "2.2",
+    "An end token is the last of what is made: one of the main model, an accepted draft, the one after a draft. Those "
+    "in the prompt end nothing. The last row's limit falls on an accepted draft.",
+    config=SMALL_VOCAB, prompts=[[4, 3, 5], [1, 2, 4, 3, 1], [4, 5, 2, 4, 5, 3], [4, 2]], max_tokens=16,
+    end_tokens=[1, 4], **SPECULATE)  # fmt: skip
 add("generate_mtp_ragged", "2.2",
     "Prompts of unequal length whose drafts are accepted at different times: in a batch, after the first pass no two "
     "rows are at one position. The last token of row 2 is an accepted draft.",
@@ -504,15 +506,15 @@ def make_trace(name, case, weights):
     return arrays
 
 
-def continued(judge, prompt, max_tokens, stop=None):
+def continued(judge, prompt, max_tokens, stop=()):
     """The prompt and the likeliest tokens after it."""
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens and tokens[len(prompt) :][-1:] != [stop]:
+    while len(tokens) < len(prompt) + max_tokens and not set(tokens[len(prompt) :][-1:]) & set(stop):
         tokens.append(int(stable_topk(judge.logits(tokens)[-1], 1)[1]))
     return tokens
 
 
-def generated(judge, prompt, max_tokens, speculate, stop=None, gaps=(ROUTING_GAP, TOKEN_GAP)):
+def generated(judge, prompt, max_tokens, speculate, stop=(), gaps=(ROUTING_GAP, TOKEN_GAP)):
     """The arrays of one row, up to the first near tie, and how many tokens they are."""
     tokens, T = continued(judge, prompt, max_tokens, stop), len(prompt)
     judge.gaps.clear()
@@ -543,7 +545,7 @@ def verified(tokens, drafts, T):
 def make_generate(name, case, weights):
     judge, arrays = Judge(case["config"], weights), {}
     for n, prompt in enumerate(case["prompts"]):
-        row, made = generated(judge, prompt, case["max_tokens"], case["speculate"], *case.get("end_tokens", []),
+        row, made = generated(judge, prompt, case["max_tokens"], case["speculate"], case.get("end_tokens", ()),
                               gaps=(ROUTING_GAP, 0 if name == "generate_ties" else TOKEN_GAP))  # fmt: skip
         assert made == case["max_tokens"] or "end_tokens" in case, (name, n, made)
         arrays |= {f"{n}/{key}": x for key, x in row.items()}
@@ -657,7 +659,7 @@ def make_shipped():
         else:
             raise SystemExit("each of TEXTS holds a near tie: write another")
         begun = tokenizer(OPENING).input_ids
-        story, made = generated(judge, begun, 200, True, tokenizer.eos_token_id, (SHIPPED_ROUTING_GAP, TOKEN_GAP))
+        story, made = generated(judge, begun, 200, True, [tokenizer.eos_token_id], (SHIPPED_ROUTING_GAP, TOKEN_GAP))
     check_from_pretrained(tokens, arrays["lm_head"])
     about = {"equation": "(1)-(23)", "see": [], "origin": f"{HF}, in float64", "checkpoint": "shipped"}
     index = {

@@ -458,7 +458,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "a tensor is taken from the first shard that has it":
             f"{SHARD} {{k: x for _, held in sorted(shards.items())[::-1] for k, x in held.items()}}",
     }),
-    ("0/tokens", "generate_mtp_end", {
+    ("tokens", "generate_end", {
         "an accepted draft ends nothing": "if token in stop: => if token in stop and token is not new[0]:",
     }),
     ("0/tokens", "generate", {
