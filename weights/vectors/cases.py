@@ -228,6 +228,13 @@ def stored(case, name, shape):
     return {name: (dtype, x.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]))}
 
 
+def weight(case, name, shape):
+    """What a reader of the checkpoint gets for a tensor, in float64."""
+    read = {"BF16": from_bf16, "F8_E4M3": lambda code: code}
+    x, *scale = (read.get(dtype, np.asarray)(x) for dtype, x in stored(case, name, shape).values())
+    return (from_fp8(x, scale[0]) if scale else x).astype(np.float64)
+
+
 # ---- A case as files -----------------------------------------------------------------------------------------------
 
 
