@@ -267,9 +267,10 @@ add("fp8_checkpoint", "3.3",
     "deepseek-ai/DeepSeek-V3#2", "huggingface/transformers#36026", "vllm-project/vllm#21874",
     config=SEVERAL_BLOCKS | MTP, lengths=[6], depth=1, keep=LAST,
     stored={"dtype": "F8_E4M3", "shards": 4, "split_scales": True, "copies": True})  # fmt: skip
-add("ue8m0_checkpoint", "3.3", "V3.1's scales, powers of two, still stored as F32 and multiplied.",
-    "huggingface/transformers#46763", "deepseek-ai/DeepSeek-V3#961", config=SEVERAL_BLOCKS, lengths=[6], keep=LAST,
-    stored={"dtype": "F8_E4M3", "scales": "ue8m0"})  # fmt: skip
+add("ue8m0_checkpoint", "3.3",
+    "V3.1's scales, powers of two, still stored as F32 and multiplied; the last token in the absorbed form.",
+    "huggingface/transformers#46763", "deepseek-ai/DeepSeek-V3#961", config=SEVERAL_BLOCKS, lengths=[6],
+    chunks=[5, 1], keep=LAST, stored={"dtype": "F8_E4M3", "scales": "ue8m0"})  # fmt: skip
 
 add("bf16_scales", "3.3", "FP8 scales that are stored as BF16.",
     config=SEVERAL_BLOCKS | ONE_LAYER, lengths=[4], keep=LAST,
