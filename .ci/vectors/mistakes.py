@@ -612,13 +612,17 @@ def reaching(request, directory):
     return [what for what in MISTAKES if edited(what)[1] & called]
 
 
+def small(request, directory):
+    """Whether a mistake is sought at all."""
+    tokens = request.get("max_tokens", 0) + sum(map(len, request.get("prompts", [])))
+    return tokens <= MANY and sum(path.stat().st_size for path in Path(directory).iterdir()) <= LARGE
+
+
 def explanations(mine, request, directory, at, order, tolerance, answers=wrong_answer):
     """The mistakes with which the page answers as `mine` does, at `at` and as far beyond as any mistake explains, and
     up to which array of the order that is."""
-    tokens = request.get("max_tokens", 0) + sum(map(len, request.get("prompts", [])))
-    small = tokens <= MANY and sum(path.stat().st_size for path in Path(directory).iterdir()) <= LARGE
-    reach = {}
-    for search in (suspects, reaching(request, directory) if small and len(in_vain) < 5 else []):
+    reach, all_of_them = {}, small(request, directory) and len(in_vain) < 5
+    for search in (suspects, reaching(request, directory) if all_of_them else []):
         reach |= {what: explained(mine, answers(what, request, directory), at, order, tolerance)
                   for what in search if what not in reach}  # fmt: skip
         furthest = max(reach.values(), default=0)

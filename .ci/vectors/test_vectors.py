@@ -78,8 +78,8 @@ def test_page_passes(name, dtype):
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.kit)])
 def test_port_in_javascript_passes(whole):
     chosen = [f"--case={name}" for name, case in INDEX.items() if whole or case["do"] != "component"]
-    code, lines = checked(f"node {HERE / 'port.mjs'}", *chosen)
-    assert code == 0 and lines[-1] == f"{len(chosen) - 2} agrees, 0 departs, 2 skipped", lines
+    code, lines = checked("--strict", f"node {HERE / 'port.mjs'}", *chosen)
+    assert code == 0 and lines[-1] == f"{len(chosen)} agrees, 0 departs, 0 skipped", lines
 
 
 def test_cases_say_what_they_are():
@@ -137,7 +137,8 @@ def named(what, name, dtype, at):
 def test_no_mistake_is_named_wrongly(name, dtype, monkeypatch):
     """Every mistake that the case can show is named, perhaps among others that look the same here."""
     directory, request = files(name, dtype)
-    small = len(INDEX[name].get("prompts", [[]])[0]) <= mistakes.MANY  # longer ones are not searched
+    if not mistakes.small(request, directory):
+        pytest.skip("too large to be searched")
     reached = mistakes.reaching(request, directory)
     monkeypatch.setattr(mistakes, "reaching", lambda *_: reached)
     for what in reached:
@@ -145,7 +146,7 @@ def test_no_mistake_is_named_wrongly(name, dtype, monkeypatch):
         verdict = judge(name, mine) if mine else None
         if verdict and not verdict.agrees and verdict.at in mine:
             found = named(what, name, dtype, verdict.at)
-            assert what in found or not small, (what, found)
+            assert what in found, found
     wrong_answer.cache_clear()
 
 

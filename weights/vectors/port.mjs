@@ -93,8 +93,13 @@ const linear = (x, w, name) => times(w.get(`${name}.weight`), x);
 /** x / rms(x) * weight; eps stands inside the root. */
 function rms_norm(x, weight, eps) {
   const rms = Math.sqrt(dot(x, x) / x.length + eps);
-  return x.map((value, i) => (value / rms) * weight[i]);
+  return x.map((value, i) => rounded(rounded(value / rms) * weight[i]));
 }
+
+/** The nearest number of float16 if that is asked for: so much of half precision as the cases `half` see, the rounding
+ * before a norm's weight and after it. All else is computed in float64. */
+let rounded = (x) => x;
+const to_float16 = (x) => to_small(x, 10, -14);
 
 const sigmoid = (z) => 1 / (1 + Math.exp(-z)); // of a very negative z: 1 / inf, the 0 it should be
 
@@ -422,12 +427,14 @@ function generate(prompt, { max_tokens, speculate, end_tokens = [] }, w, cfg) {
   return speculate ? { tokens, drafts, accepted } : { tokens };
 }
 
-/** The nearest number of E4M3, of two equally near ones the even. */
-function to_e4m3(x) {
-  const step = 2 ** (Math.max(Math.floor(Math.log2(Math.abs(x))), -6) - 3), n = Math.abs(x) / step;
+/** The nearest number with so many bits of mantissa, the least exponent given; of two equally near ones the even. */
+function to_small(x, bits, least) {
+  const step = 2 ** (Math.max(Math.floor(Math.log2(Math.abs(x))), least) - bits), n = Math.abs(x) / step;
   const whole = Math.floor(n), up = n - whole > 0.5 || (n - whole === 0.5 && whole % 2 === 1);
-  return Math.sign(x) * Math.min(step * (whole + up), 448);
+  return Math.sign(x) * step * (whole + up);
 }
+
+const to_e4m3 = (x) => Math.max(-448, Math.min(to_small(x, 3, -6), 448));
 
 /** y = W x as the release multiplies, which the page does not: x in tiles of 1 x 128, whose scale is largest / 448 in
  * float32, or the next power of two; codes times codes, then both scales. */
@@ -536,11 +543,14 @@ const DO = {
 function answer(directory) {
   const [request, config] = ["request.json", "config.json"].map((name) => read_json(`${directory}/${name}`));
   only("do", request.do, Object.keys(DO));
-  only("dtype", request.dtype, ["float64", "float32"]); // both are computed in float64
+  only("dtype", request.dtype, ["float64", "float32", ...(request.do === "trace" ? ["float16"] : [])]);
+  if (request.dtype === "float16") rounded = to_float16;
   const w = request.do === "phases" ? null : checkpoint(directory);
   const answers = [DO[request.do]({ directory, ...request }, w, config && parse_config(config))].flat(); // perhaps one for each prompt
   const prefix = (n) => (request.do === "generate" || answers.length > 1 ? `${n}/` : "");
-  const named = answers.flatMap((each, n) => Object.entries(each).map(([name, x]) => [prefix(n) + name, x]));
+  const single = (x) => (Array.isArray(x) ? x.map(single) : x instanceof Float64Array ? Float32Array.from(x) : x);
+  const kept = request.dtype === "float16" ? single : (x) => x; // as float32, since float64 was not asked for
+  const named = answers.flatMap((each, n) => Object.entries(each).map(([name, x]) => [prefix(n) + name, kept(x)]));
   write_safetensors(`${directory}/answer.safetensors`, named);
 }
 
