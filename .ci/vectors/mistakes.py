@@ -560,20 +560,20 @@ MISTAKES = {what: Mistake(parsed(edits), shown.split(), where)
 compiled = functools.cache(lambda block: compile(block, "deepseek_v3.py, edited", "exec"))
 
 
-def found(source, edits):
+def spans(source, edits):
     """[(where, the new text)] of those that this source has, the last one first."""
-    spans = [(list(re.finditer(re.escape(old.strip()), source)), old, new.strip()) for old, new in edits]
-    assert all(len(there) < 2 for there, *_ in spans), f"stands more than once: {edits}"
-    return sorted(((*there[0].span(), new) for there, _, new in spans if there), reverse=True)
+    there_are = [(list(re.finditer(re.escape(old.strip()), source)), old, new.strip()) for old, new in edits]
+    assert all(len(there) < 2 for there, *_ in there_are), f"stands more than once: {edits}"
+    return sorted(((*there[0].span(), new) for there, _, new in there_are if there), reverse=True)
 
 
 @functools.cache
 def edited(what):
     """port.py, which makes the mistake, and the names of the functions and classes that were edited."""
     edits, names, modules = MISTAKES[what].edits if what else [], set(), []
-    assert all(any(found(source, [edit]) for source in SOURCES.values()) for edit in edits), f"not found: {what}"
+    assert all(any(spans(source, [edit]) for source in SOURCES.values()) for edit in edits), f"not found: {what}"
     for path, source in SOURCES.items():
-        for start, end, new in found(source, edits):
+        for start, end, new in spans(source, edits):
             names.add(re.findall(r"^(?:def|class) (\w+)", source[:end], re.MULTILINE)[-1])
             statement = source[:start].endswith("\n    ")
             source = source[:start] + (new or "pass" * statement) + source[end:]

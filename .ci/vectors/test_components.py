@@ -427,6 +427,12 @@ def test_a_mistake_of_a_component_is_named(dtype, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].endswith("; as if the bias is subtracted")
 
 
+def test_rows_of_a_sample_are_called_so():
+    name = "attention_core.around_64"
+    o = np.zeros(CASES[name]["shapes"]["o"])
+    assert "departs at o, every sampled row" in verdict(name, {"o": o}, "float64").text
+
+
 def test_the_shortest_port_passes(capsys):
     command = f"{sys.executable} {VECTORS / 'router.py'}"
     assert check.main([command, "--strict", "--component", "router"]) == 0
