@@ -127,9 +127,9 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "queries are rotated the other way": "rotation_TP[:, None])  # eq. (8) => rotation_TP[:, None].conj())",
         "queries are not rotated": "rotation_TP[:, None])  # eq. (8) => abs(rotation_TP[:, None]))",
         "YaRN is off for the queries alone": [
-            "    angle_TP = => global PLAIN; PLAIN = xp.exp(1j * xp.arange(start, start + T)[:, None] "
+            "    angle_TP = => global WITHOUT; WITHOUT = xp.exp(1j * xp.arange(start, start + T)[:, None] "
             "* rope_frequencies(replace(cfg, rope_scaling=None))); angle_TP =",
-            "rotation_TP[:, None])  # eq. (8) => PLAIN[:, None])"],
+            "rotation_TP[:, None])  # eq. (8) => WITHOUT[:, None])"],
     }),
     ("self_attn.k_rope", "v3_yarn mla_prologue.small", {
         "keys are rotated the other way": f"{KEYS} k_rope_TR = rope(kv_TL[:, cfg.kv_lora_rank :], rotation_TP.conj())",

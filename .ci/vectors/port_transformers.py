@@ -5,8 +5,9 @@
 
 It lacks MTP modules (it runs them outside of the model), reads FP8 otherwise on a CPU, and does not know Kimi-K2's
 model_type. Ties, which torch.topk leaves open, go to the lowest index here. Of float64 all but `experts` compute in
-float32, angles too: hence rope.release and mla_prologue's heads_16 and release depart. So do both of `dequantize`: to
-Fp8Dequantize, which divides rows by scales, 138 rows with 2 scales are blocks of 69, and 576 with 5 are an error.
+float32, angles too: hence far_out, rope.release and mla_prologue's heads_16 and release depart. So does f16: it takes a
+tensor from the last shard that has it, whatever the index says; and both of `dequantize`: to Fp8Dequantize, which
+divides rows by scales, 138 rows with 2 scales are blocks of 69, and 576 with 5 are an error.
 """
 
 import json
@@ -40,7 +41,7 @@ def load(directory, dtype):
     return from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
 
 
-def trace(directory, dtype, prompts, chunks, depth):
+def trace(directory, dtype, prompts, chunks, depth, start=0):
     if depth:
         lacks("transformers has its MTP modules outside of the model")
     if len(prompts) > 1 and chunks:
@@ -60,14 +61,15 @@ def trace(directory, dtype, prompts, chunks, depth):
         module.register_forward_hook(lambda module, inputs, out, name=name: keep(name, out))
     for n, prompt in enumerate(prompts):  # noqa: B007
         cache = transformers.DynamicCache(config=model.config)
-        for chunk in torch.tensor([prompt]).split([c for c in chunks if c] if chunks else len(prompt), dim=1):
-            model(chunk, past_key_values=cache)
+        sizes, positions = [c for c in chunks if c] if chunks else len(prompt), start + torch.arange(len(prompt))
+        for chunk, position in zip(torch.tensor([prompt]).split(sizes, dim=1), positions.split(sizes), strict=True):
+            model(chunk, position_ids=position[None], past_key_values=cache)
     return arrays
 
 
-def generate(directory, dtype, prompts, max_tokens, speculate):
-    if speculate:
-        lacks("transformers finds MTP modules at layer 61 alone")
+def generate(directory, dtype, prompts, max_tokens, speculate, end_tokens=()):
+    if speculate or end_tokens:
+        lacks("transformers finds MTP modules at layer 61 alone; end tokens come with drafts here")
     model = load(directory, dtype)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     ids = [model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)[0] for prompt in prompts]

@@ -175,6 +175,16 @@ def test_no_mistake_is_named_that_does_not_explain():
     assert hint == f"; as if {what}, up to model.layers.0.self_attn.k_rope"
 
 
+def test_a_part_of_a_generation_names_nothing(monkeypatch):
+    what, (directory, request) = "all drafts are accepted", files("generate_mtp", "float64")
+    mine, names = wrong_answer(what, "generate_mtp", "float64"), INDEX["generate_mtp"]["arrays"]
+    monkeypatch.setattr(mistakes, "suspects", {what: None})
+    monkeypatch.setattr(mistakes, "in_vain", [""] * 5)  # so that no other is tried
+    assert what in mistakes.diagnose(mine, request, directory, "0/tokens", names)
+    other = mine | {"0/drafts": mine["0/drafts"][:-1]}
+    assert mistakes.diagnose(other, request, directory, "0/tokens", names) == ""
+
+
 # ---- Ports that fail -----------------------------------------------------------------------------------------------
 
 HEADER = ("import json, os, pathlib, struct, sys, time\n"
@@ -246,6 +256,18 @@ def test_strict_fails_what_is_not_answered_whole(tmp_path):
             assert got == code and word in " ".join(lines)
             suite = ElementTree.parse(tmp_path / "report.xml").getroot()
             assert suite.get("tests") == "1" and int(suite.get("failures")) == bool(strict and code)
+
+
+def test_a_run_that_is_ended_leaves_its_report(monkeypatch, tmp_path):
+    def run(command, directory, limit):
+        if "mtp" in str(directory):
+            raise KeyboardInterrupt
+        raise check.Lacks("this")
+
+    monkeypatch.setattr(check, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        checked("port", "--case", "one_token", "--case", "mtp", "--junit", tmp_path / "report.xml")
+    assert ElementTree.parse(tmp_path / "report.xml").getroot().get("tests") == "1"
 
 
 def test_the_kits_own_faults_end_no_run(monkeypatch, capsys):
