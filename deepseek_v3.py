@@ -62,7 +62,7 @@ def to_host(x):
 
 def wide(x):
     """x in float32 or better: norms, softmax and routing are never computed in half precision."""
-    return x.astype(np.promote_types(x.dtype, np.float32), copy=False)
+    return x.astype(np.float32) if x.dtype.itemsize < 4 else x
 
 
 def top_k(score, k):
@@ -157,7 +157,7 @@ def linear(x, w, name):
 def rms_norm(x, w, name, eps):
     """x / rms(x) * `name.weight` over the last axis. The normalised x is rounded to x's dtype
     before it meets the weight: so does HF, while the official code rounds once, after."""
-    mean_square = xp.mean(wide(x) ** 2, axis=-1, keepdims=True)
+    mean_square = (wide(x) ** 2).mean(axis=-1, keepdims=True)
     normed = wide(x) / xp.sqrt(mean_square + eps)
     return normed.astype(x.dtype, copy=False) * w[f"{name}.weight"]
 
@@ -182,8 +182,8 @@ def swiglu(x, w, name, linear=linear):
 
 def softmax(x):
     """Over the last axis, wide, returned in x's dtype. A row needs one entry above -inf."""
-    e = xp.exp(wide(x) - xp.max(wide(x), axis=-1, keepdims=True))
-    return (e / xp.sum(e, axis=-1, keepdims=True)).astype(x.dtype, copy=False)
+    e = xp.exp(wide(x) - wide(x).max(axis=-1, keepdims=True))
+    return (e / e.sum(axis=-1, keepdims=True)).astype(x.dtype, copy=False)
 
 
 @functools.cache
@@ -310,7 +310,7 @@ def route(x_TD, w, name, cfg):
     biased_TE = score_TE + w[f"{name}.gate.e_score_correction_bias"]
     index_TK = top_k(keep_best_groups(biased_TE, cfg), cfg.num_experts_per_tok)  # eq. (16)
     gate_TK = xp.take_along_axis(score_TE, index_TK, axis=-1)
-    gate_TK = gate_TK / (xp.sum(gate_TK, axis=-1, keepdims=True) + 1e-20)  # eq. (13); guard of HF
+    gate_TK = gate_TK / (gate_TK.sum(axis=-1, keepdims=True) + 1e-20)  # eq. (13); guard of HF
     gate_TK = gate_TK * cfg.routed_scaling_factor
     record(f"{name}.gate.scores", score_TE)
     record(f"{name}.gate.indices", index_TK)
@@ -323,8 +323,8 @@ def keep_best_groups(biased_TE, cfg):
     mask the experts of all but the topk_group best with -inf. A mask of 0, as in older code, wins
     where biased affinities are negative (DeepSeek-V3 #741)."""
     biased_TGX = biased_TE.reshape(len(biased_TE), cfg.n_group, -1)
-    score_TG = xp.sum(xp.sort(biased_TGX, axis=-1)[..., -2:], axis=-1)
-    keep_TG = xp.any(one_hot(top_k(score_TG, cfg.topk_group), cfg.n_group), axis=-2)
+    score_TG = xp.sort(biased_TGX, axis=-1)[..., -2:].sum(axis=-1)
+    keep_TG = one_hot(top_k(score_TG, cfg.topk_group), cfg.n_group).any(axis=-2)
     return xp.where(keep_TG[..., None], biased_TGX, -xp.inf).reshape(biased_TE.shape)
 
 
@@ -332,7 +332,7 @@ def moe_all(x_TD, w, name, index_TK, gate_TK, cfg):
     """Definition, the routed sum of eq. (12) over *all* experts: the gates of the others are 0."""
     y_TD = xp.zeros_like(x_TD)
     for e in range(cfg.n_routed_experts):
-        gate_T = xp.sum(xp.where(index_TK == e, gate_TK, 0), axis=-1).astype(x_TD.dtype)
+        gate_T = xp.where(index_TK == e, gate_TK, 0).sum(axis=-1).astype(x_TD.dtype)
         y_TD = y_TD + gate_T[:, None] * swiglu(x_TD, w, f"{name}.experts.{e}")
     return y_TD
 
@@ -351,17 +351,17 @@ def update_bias(bias_E, load_E, gamma):
     """Balancing without an auxiliary loss, after each training step, by the loads of its whole
     batch: gamma down where overloaded, up where underloaded, 0 at the mean. As printed
     (arXiv:2408.15664, Algorithm 1) the biases are not centred and may drift."""
-    return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype)
+    return bias_E + gamma * xp.sign(load_E.mean() - load_E).astype(bias_E.dtype)
 
 
 def balance_loss(score_TE, cfg):
     """The balance loss of one sequence, without alpha. As printed, f counts the plain top K_r
     affinities, without bias or groups; f has no gradient."""
     K, E = cfg.num_experts_per_tok, cfg.n_routed_experts
-    chosen_TE = xp.sum(one_hot(top_k(score_TE, K), E), axis=-2)
-    f_E = xp.mean(chosen_TE, axis=0) * (E / K)  # eq. (18)
-    p_E = xp.mean(score_TE / xp.sum(score_TE, axis=-1, keepdims=True), axis=0)  # eqs. (19), (20)
-    return xp.sum(f_E * p_E)  # eq. (17)
+    chosen_TE = one_hot(top_k(score_TE, K), E).sum(axis=-2)
+    f_E = chosen_TE.mean(axis=0) * (E / K)  # eq. (18)
+    p_E = (score_TE / score_TE.sum(axis=-1, keepdims=True)).mean(axis=0)  # eqs. (19), (20)
+    return (f_E * p_E).sum()  # eq. (17)
 
 
 # ---- 6. The model --------------------------------------------------------------------------------
@@ -454,8 +454,8 @@ def mtp(k, h_TD, token_T, w, cfg, start=0, attend=mla_naive, experts=moe_all):
 def cross_entropy(logits_TW, target_T):
     """-log P(target) at each position, natural logarithm -> (T,)."""
     logits_TW = wide(logits_TW)
-    max_T = xp.max(logits_TW, axis=-1)
-    log_sum_T = xp.log(xp.sum(xp.exp(logits_TW - max_T[:, None]), axis=-1)) + max_T
+    max_T = logits_TW.max(axis=-1)
+    log_sum_T = xp.log(xp.exp(logits_TW - max_T[:, None]).sum(axis=-1)) + max_T
     return log_sum_T - xp.take_along_axis(logits_TW, target_T[:, None], axis=-1)[:, 0]
 
 
@@ -471,15 +471,15 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
     T, depth, losses = len(token_X) - 1, mtp_depth(w, cfg), []
     with recording() as named:
         h_TD = forward(token_X[:T], w, cfg, experts=experts)
-        main = xp.mean(cross_entropy(head(h_TD, w), token_X[1:]))
+        main = cross_entropy(head(h_TD, w), token_X[1:]).mean()
         for k in range(1, depth + 1):
             h_TD = mtp(k, h_TD[: T - k], token_X[k:T], w, cfg, experts=experts)
             loss_T = cross_entropy(head(h_TD, w), token_X[k + 1 :])
-            losses.append(xp.sum(loss_T) / T)  # eq. (24): T - k terms, as printed divided by T
+            losses.append(loss_T.sum() / T)  # eq. (24): T - k terms, as printed divided by T
     routers = [name.removesuffix(".scores") for name in named if name.endswith(".gate.scores")]
     balance = sum(balance_loss(named[f"{name}.scores"], cfg) for name in routers)
     chosen = {name: one_hot(named[f"{name}.indices"], cfg.n_routed_experts) for name in routers}
-    load = {name: xp.sum(chosen_TKE, axis=(0, 1)) for name, chosen_TKE in chosen.items()}
+    load = {name: chosen_TKE.sum(axis=(0, 1)) for name, chosen_TKE in chosen.items()}
     mtp_loss = sum(losses) / max(depth, 1)  # eq. (25), without lambda
     total = main + mtp_weight * mtp_loss + balance_weight * balance
     return total, {"main": main, "mtp": losses, "balance": balance, "load": load}
@@ -566,9 +566,9 @@ def attention_in_pieces(q_THX, k_SJX, v_SJY, scale):
                 later = xp.arange(n) > xp.arange(n)[:, None, None]
                 own = score.reshape(-1, n, shared, seen)[..., seen - n :]
                 xp.copyto(own, -xp.inf, where=later)
-            score -= xp.max(score, axis=-1, keepdims=True)
+            score -= score.max(axis=-1, keepdims=True)
             xp.exp(score, out=score)
-            o = (score @ v[heads, :seen]) / xp.sum(score, axis=-1, keepdims=True)
+            o = (score @ v[heads, :seen]) / score.sum(axis=-1, keepdims=True)
             out[heads, tokens] = o.reshape(-1, n, shared, Y)
     return out.swapaxes(0, 1).reshape(T, H, Y).astype(q_THX.dtype, copy=False)
 
@@ -581,15 +581,16 @@ def slices(n, step):
 def moe_chosen(x_TD, w, name, index_TK, gate_TK, cfg):
     """= moe_all, which adds 0 for the others: each chosen expert sees the tokens that chose it."""
     K, index_X = cfg.num_experts_per_tok, to_host(index_TK).ravel()  # X = T K choices
-    order_X = np.argsort(index_X, kind="stable")  # the choices by expert
-    chosen, counts = np.unique(index_X, return_counts=True)
-    rows = [slice(end - n, end) for end, n in zip(np.cumsum(counts), counts, strict=True)]
+    order_X = index_X.argsort(kind="stable")  # the choices by expert
+    load_E = np.bincount(index_X, minlength=cfg.n_routed_experts)
+    end_E = load_E.cumsum()
+    rows = {e: slice(end_E[e] - load_E[e], end_E[e]) for e in load_E.nonzero()[0].tolist()}
     def linear_chosen(x_XY, w, name):
         """`linear` of each choice by the matrix of its expert."""
-        names = [name.replace("experts", f"experts.{e}") for e in chosen]
-        return xp.concatenate([linear(x_XY[r], w, n) for r, n in zip(rows, names, strict=True)])
+        parts = [linear(x_XY[rows[e]], w, name.replace("experts", f"experts.{e}")) for e in rows]
+        return xp.concatenate(parts)
     y_XD = swiglu(x_TD[xp.asarray(order_X // K)], w, f"{name}.experts", linear_chosen)
-    y_TKD = y_XD[xp.asarray(np.argsort(order_X))].reshape(len(x_TD), K, -1)
+    y_TKD = y_XD[xp.asarray(order_X.argsort())].reshape(len(x_TD), K, -1)
     return (gate_TK[:, None].astype(x_TD.dtype, copy=False) @ y_TKD)[:, 0]
 
 

@@ -35,13 +35,13 @@ SPLIT = "up_HXC[:, : cfg.qk_nope_head_dim], up_HXC[:, cfg.qk_nope_head_dim :] =>
 MASK = "visible_TS = xp.arange(S) <= xp.arange(S - T, S)[:, None] =>"
 WRITE = "self.layers[name][self.length : end] = kv_TL =>"
 BIASED = 'biased_TE = score_TE + w[f"{name}.gate.e_score_correction_bias"] =>'
-RANKED = "xp.sum(xp.sort(biased_TGX, axis=-1)[..., -2:], axis=-1) =>"
-NORMED = "gate_TK = gate_TK / (xp.sum(gate_TK, axis=-1, keepdims=True) + 1e-20) =>"
+RANKED = "xp.sort(biased_TGX, axis=-1)[..., -2:].sum(axis=-1) =>"
+NORMED = "gate_TK = gate_TK / (gate_TK.sum(axis=-1, keepdims=True) + 1e-20) =>"
 SCALED = "gate_TK = gate_TK * cfg.routed_scaling_factor =>"
 SUM = "return routed_TD + shared_TD =>"
 STATE = 'state_TD = rms_norm(h_TD, w, f"{name}.hnorm", cfg.rms_norm_eps) =>'
 MTP_END = 'return rms_norm(x_TD, w, f"{name}.shared_head.norm", cfg.rms_norm_eps) =>'
-UPDATE = "return bias_E + gamma * xp.sign(xp.mean(load_E) - load_E).astype(bias_E.dtype) =>"
+UPDATE = "return bias_E + gamma * xp.sign(load_E.mean() - load_E).astype(bias_E.dtype) =>"
 VALUES = "value = xp.asarray(np.concatenate([value, -value]).astype(np.float32)) =>"
 BLOCKS = "zip(slices(len(code), BLOCK), scale, strict=True) =>"
 SHARD = "{name: shards[s][name] for name, s in weight_map.items() if name in shards[s]} =>"
@@ -56,8 +56,8 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     }),
     ("input_layernorm", "v3_yarn one_token", {
         "the norms' weights are 1 + what is stored": '* w[f"{name}.weight"] => * (1 + w[f"{name}.weight"])',
-        "the norms subtract the mean": "    mean_square = => x = x - xp.mean(x, axis=-1, keepdims=True); mean_square =",
-        "the norms divide by the root of the sum": "= xp.mean(wide(x) ** 2 => = xp.sum(wide(x) ** 2",
+        "the norms subtract the mean": "    mean_square = => x = x - x.mean(axis=-1, keepdims=True); mean_square =",
+        "the norms divide by the root of the sum": "(wide(x) ** 2).mean( => (wide(x) ** 2).sum(",
         "the norms' weights are not applied": '* w[f"{name}.weight"] =>',
     }),
     ("input_layernorm", "half", {
@@ -192,7 +192,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "kv_a_proj_with_mqa is read as [k_R ; c_KV]": [
             "c_TC = kv_TL[:, : cfg.kv_lora_rank] => c_TC = kv_TL[:, cfg.qk_rope_head_dim :]",
             f"{KEYS} k_rope_TR = rope(kv_TL[:, : cfg.qk_rope_head_dim], rotation_TP)"],
-        "the norm on c_KV reaches over k_R": f"{LATENT} c_TC = c_TC / xp.sqrt(xp.mean(kv_TL**2, axis=-1, keepdims=True)"
+        "the norm on c_KV reaches over k_R": f"{LATENT} c_TC = c_TC / xp.sqrt((kv_TL**2).mean(axis=-1, keepdims=True)"
                                              ' + LATENT_EPS) * w[f"{name}.kv_a_layernorm.weight"]',
         "c_KV is not normed": LATENT,
         "c_KV is normed without its weight": LATENT + 'c_TC = rms_norm(c_TC, {"c.weight": 1}, "c", LATENT_EPS)',
@@ -237,8 +237,8 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             "p_HTS = softmax(score_HTS.swapaxes(0, 2)).swapaxes(0, 2) * visible_TS", PLAIN],
     }),
     ("o", "attention_core.large_scores/float32", {
-        "the softmax lacks its maximum": ["- xp.max(wide(x), axis=-1, keepdims=True)) => )",
-                                          "score -= xp.max(score, axis=-1, keepdims=True) =>"],
+        "the softmax lacks its maximum": ["- wide(x).max(axis=-1, keepdims=True)) => )",
+                                          "score -= score.max(axis=-1, keepdims=True) =>"],
     }),
     ("lse", "attention_core.small", {
         "the log-sum-exp is to base 2": '"lse": lse_TH => "lse": lse_TH / np.log(2)',
@@ -294,17 +294,17 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             'f"{name}.gate") + w[f"{name}.gate.e_score_correction_bias"])',
         "the bias chooses groups alone": "top_k(keep_best_groups(biased_TE, cfg) => top_k(xp.where("
             "keep_best_groups(biased_TE, cfg) > -xp.inf, score_TE, -xp.inf)",
-        "a group's score is its three best": "axis=-1)[..., -2:], axis=-1) => axis=-1)[..., -3:], axis=-1)",
+        "a group's score is its three best": "axis=-1)[..., -2:] => axis=-1)[..., -3:]",
         "expert e is of group e mod n_group": [
             "biased_TE.reshape(len(biased_TE), cfg.n_group, -1) => "
             "biased_TE.reshape(len(biased_TE), -1, cfg.n_group).swapaxes(1, 2)",
             "biased_TGX, -xp.inf).reshape => biased_TGX, -xp.inf).swapaxes(1, 2).reshape"],
-        "a group's score is its best affinity": f"{RANKED} xp.max(biased_TGX, axis=-1)",
-        "a group's score is the sum of all its affinities": f"{RANKED} xp.sum(biased_TGX, axis=-1)",
+        "a group's score is its best affinity": f"{RANKED} biased_TGX.max(axis=-1)",
+        "a group's score is the sum of all its affinities": f"{RANKED} biased_TGX.sum(axis=-1)",
         "a group's score is from unbiased affinities": [
             "def keep_best_groups(biased_TE, cfg): => def keep_best_groups(biased_TE, score_TE, cfg):",
             "top_k(keep_best_groups(biased_TE, cfg) => top_k(keep_best_groups(biased_TE, score_TE, cfg)",
-            f"{RANKED} xp.sum(xp.sort(score_TE.reshape(biased_TGX.shape), axis=-1)[..., -2:], axis=-1)"],
+            f"{RANKED} xp.sort(score_TE.reshape(biased_TGX.shape), axis=-1)[..., -2:].sum(axis=-1)"],
     }),
     ("indices", "router.bias_precision", {
         "the bias is rounded to BF16": f'{BIASED} biased_TE = score_TE + (w[f"{{name}}.gate.e_score_correction_bias"]'
@@ -368,8 +368,8 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     }),
     ("y", "experts.crowded", {
         "an expert's rows beyond 128 are lost": "    return (gate_TK[:, None].astype => "
-            "y_XD[[i for r in rows for i in range(r.start + 128, r.stop)]] = 0; "
-            "y_TKD = y_XD[np.argsort(order_X)].reshape(len(x_TD), K, -1); return (gate_TK[:, None].astype",
+            "y_XD[[i for r in rows.values() for i in range(r.start + 128, r.stop)]] = 0; "
+            "y_TKD = y_XD[order_X.argsort()].reshape(len(x_TD), K, -1); return (gate_TK[:, None].astype",
     }),
     ("mlp", "moonlight moe.two_shared", {
         "shared experts are averaged": f"{SUM} return routed_TD + shared_TD / cfg.n_shared_experts",
@@ -456,12 +456,12 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     }),
     # ---- Losses, balancing, FP8
     ("mtp.1", "losses", {
-        "the MTP loss is divided by its T - k terms": "xp.sum(loss_T) / T) => xp.mean(loss_T))",
+        "the MTP loss is divided by its T - k terms": "loss_T.sum() / T) => loss_T.mean())",
         "module k's targets are those of module k - 1": "token_X[k + 1 :]) => token_X[k:-1])",
     }),
     ("total", "losses", {"MTP losses are summed, not averaged": "sum(losses) / max(depth, 1) => sum(losses)"}),
     ("main", "losses", {
-        "the main loss is in bits": "    main = xp.mean( => main = xp.mean(1 / math.log(2) *",
+        "the main loss is in bits": "    main = => main = 1 / math.log(2) *",
     }),
     ("balance", "losses", {
         "the balance loss is averaged over layers": "for name in routers)\n    chosen = => for name in routers) / "
@@ -476,7 +476,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "the balance loss leaves out the MTP layers":
             "cfg) for name in routers)\n    chosen => cfg) for name in routers[: len(routers) - depth]); chosen",
         "P is of affinities that are not normalised":
-            "xp.mean(score_TE / xp.sum(score_TE, axis=-1, keepdims=True), axis=0) => xp.mean(score_TE, axis=0)",
+            "(score_TE / score_TE.sum(axis=-1, keepdims=True)).mean(axis=0) => score_TE.mean(axis=0)",
     }),
     ("bias", "update_bias", {
         "an expert with the mean load gets more":
@@ -487,7 +487,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "the bias moves by the load's error": f"{UPDATE} return bias_E + gamma * (load_E.mean() - load_E)",
     }),
     ("bias", "update_bias_counts", {
-        "the mean load is an integer": "xp.sign(xp.mean(load_E) => xp.sign(load_E.sum() // len(load_E)",
+        "the mean load is an integer": "xp.sign(load_E.mean() => xp.sign(load_E.sum() // len(load_E)",
         "loads are in half precision":
             f"{UPDATE} n_E = load_E.astype(np.float16); return bias_E + gamma * xp.sign(n_E.mean() - n_E)",
     }),
