@@ -122,6 +122,11 @@ add("tiny_affinities", "router", "(13)",
     config=SMALL | dict(num_experts_per_tok=2), reads=[GATE], inputs={"x": (14, 24)}, seed=6,
     weights={"scale": {"gate.weight": 20.0},
              "set": {"e_score_correction_bias": [12.0, 0, 0, 0, 0, 13.0, 0, 0]}})  # fmt: skip
+add("guard", "router", "(13)",
+    "Affinities of about 1e-20, and of 0: the gates' sum has 1e-20 added to it.",
+    config=SMALL | dict(num_experts_per_tok=2), reads=[GATE],
+    inputs={"x": [[1.0] * 24, [17.5] * 24]},
+    weights={"scale": {"gate.weight": 0.01}, "shift": {"gate.weight": -46 / 24}})  # fmt: skip
 add("bias_precision", "router", "(16)",
     "Biases near 7, affinities close together: a bias rounded to BF16 has few values, and others are "
     "chosen.", "huggingface/transformers#42580", "sgl-project/sglang#31213",
@@ -186,6 +191,8 @@ core("around_64", "Three queries of one sequence, as drafts are verified; they s
 core("around_128", "The same around 128.", 3, 129, sample={"o": [0, 15, 16, 31, 32, 47]})
 core("tiles", "200 entries: the last 72, or 8, fill no tile; tiles that are averaged differ.",
      1, 200, scale=1, sample={"o": [0, 15]})  # fmt: skip
+core("chunk", "70 queries of a prompt's chunk, which see 131 to 200 entries: masks cross tiles of both.",
+     70, 200, scale=1, sample={"o": [0, 15, 1023, 1024, 1119]})  # fmt: skip
 core("splits", "1,200 entries, as kernels split them among blocks: merged by log-sum-exp.",
      2, 1200, scale=1, sample={"o": [0, 15, 16, 31]})  # fmt: skip
 core("large_scores", "Scores beyond 200: without its maximum the softmax overflows in float32.",

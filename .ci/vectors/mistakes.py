@@ -147,6 +147,14 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             "angle_TP = pos * xp.where(pos >= getattr(cfg.rope_scaling, 'original_max_position_embeddings', 0), "
             "rope_frequencies(cfg), rope_frequencies(replace(cfg, rope_scaling=None)))",
     }),
+    ("y", "rope.small", {
+        "RoPE rotates neighbours and writes halves":
+            "return z.view(z.real.dtype) => return xp.concatenate([z.real, z.imag], axis=-1)",
+    }),
+    ("self_attn.q_rope", "hf5_spelling", {
+        "YaRN's beta_fast and beta_slow are 32 and 1 whatever the configuration says": [
+            "pair(yarn.beta_fast) => pair(32)", "pair(yarn.beta_slow) => pair(1)"],
+    }),
     ("self_attn.q_rope", "hf5_spelling moonlight rope.plain", {
         "rope_theta is 10,000 whatever the configuration says": "R, theta, yarn = cfg.qk_rope_head_dim, cfg.rope_theta "
                                                                 "=> R, theta, yarn = cfg.qk_rope_head_dim, 1e4",
@@ -272,6 +280,17 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "absorbed: the scale lacks mscale^2":
             "softmax_scale(cfg))  # of N + R, not L => softmax_scale(replace(cfg, rope_scaling=None)))",
     }),
+    ("self_attn", "absorbed attention_core.small", {
+        "absorbed: the values are the last C elements of an entry": [
+            "o_THL[..., : cfg.kv_lora_rank].swapaxes => o_THL[..., -cfg.kv_lora_rank :].swapaxes",
+            '"o": o_THL[..., : cfg.kv_lora_rank] => "o": o_THL[..., -cfg.kv_lora_rank :]'],
+    }),
+    ("o", "attention_core.tiles", {
+        "what fills the last tile of 64 keys counts as a score of 0": [
+            "score -= score.max(axis=-1, keepdims=True) => top = score.max(axis=-1, keepdims=True); score -= top",
+            "/ score.sum(axis=-1, keepdims=True) => / (score.sum(axis=-1, keepdims=True) + -seen % 64 * xp.exp(-top))",
+            '"lse": lse_TH => "lse": np.logaddexp(lse_TH, np.log(-S % 64))'],
+    }),
     ("o", "attention_core.tiles attention_core.splits long", {
         "tiles of 64 keys are averaged, not merged by log-sum-exp": PLAIN[: PLAIN.index("return")]
             + "parts = [[attention(q_THX[t : t + 1], k_SJX[s], v_SJY[s], scale) for s in slices(len(k_SJX) - "
@@ -342,6 +361,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
         "gates are normalised only where K > 1": f"{NORMED} gate_TK = gate_TK if cfg.num_experts_per_tok == 1 else "
                                                  "gate_TK / xp.sum(gate_TK, -1, keepdims=True)",
     }),
+    ("weights", "router.guard", {"gates are normalised without a guard": "keepdims=True) + 1e-20 => keepdims=True)"}),
     ("mlp.gate.weights", "tiny_affinities router.tiny_affinities", {
         "the normalisation's guard is 1e-6": "keepdims=True) + 1e-20 => keepdims=True) + 1e-6",
         "affinities are got back as biased minus bias": "xp.take_along_axis(score_TE, => xp.take_along_axis("
@@ -413,6 +433,11 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             f"{MTP_END} BEFORE = x_TD; {MTP_END[:-3]}",
             "rms_norm(h_TD, w, => rms_norm(BEFORE[: len(h_TD)] if k > 1 else h_TD, w,"],
     }),
+    ("model.layers.3.eh_proj", "mtp_depth_2", {
+        "MTP module 2 has module 1's weights": "    layer = cfg.num_hidden_layers + k - 1 => layer = "
+            "cfg.num_hidden_layers + k - 1; w = type('', (), {'__getitem__': lambda _, name, w=w: w[name.replace("
+            "f'layers.{layer}.', f'layers.{cfg.num_hidden_layers}.')]})()",
+    }),
     ("eh_proj", "mtp_chunks", {
         "MTP pairs the last state of a chunk with its first token": "parts.append(dsv3.cached_pass( => "
             "part[1:] = [np.append(x[:-1], x[0]) if cache.length + size < len(arrays[0]) else x for x in part[1:]]; "
@@ -430,6 +455,15 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     }),
     ("0/drafts", "generate_mtp", {
         "MTP drafts from the state of a rejected draft": "h_TD[: len(pair_Y)], pair_Y => h_TD[-len(pair_Y) :], pair_Y",
+    }),
+    ("0/drafts", "generate_mtp", {
+        "the MTP module's cache is empty in each round": "w, cfg, mtp_cache, chunk) => w, cfg, Cache(end), chunk)",
+    }),
+    ("0/tokens", "generate_mtp", {
+        "a rejected draft stays in the cache": [
+            "start = cache.length => start = len(tokens) - 1 if cache.length else 0",
+            "cache.length = len(tokens) - 1  # forgets a rejected draft =>",
+            "[Cache(end), Cache(end)] => [Cache(9 * end), Cache(end)]"],
     }),
     ("2/tokens", "generate_mtp_ragged", {
         "two tokens are made where one is left": ["for token in new[: end - len(tokens)]: => for token in new:",
@@ -642,7 +676,7 @@ def diagnose(mine, request, directory, at, names, tolerance=compare.TOLERANCE):
         return ""
     suspects.update(dict.fromkeys(found))
     more = f" or {len(found) - 3} more" if len(found) > 3 else ""
-    upto = f", up to {order[furthest]}" if furthest < len(order) else ""
+    upto = f", though not from {order[furthest]} on" if furthest < len(order) else ""
     return f"; as if {' or '.join(found[:3])}{more}{upto}"
 
 

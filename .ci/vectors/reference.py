@@ -88,7 +88,7 @@ def router(cfg, w, given, layer, rnd=exact):
     order = biased.masked_fill(lost, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     indices = order[:, : cfg["num_experts_per_tok"]]
     chosen = scores.gather(-1, indices)
-    weights = chosen / chosen.sum(-1, keepdim=True) * cfg["routed_scaling_factor"]
+    weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * cfg["routed_scaling_factor"]
     return {"scores": scores, "indices": indices, "weights": weights}
 
 

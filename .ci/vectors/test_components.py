@@ -430,7 +430,16 @@ def test_a_mistake_of_a_component_is_named(dtype, tmp_path, capsys):
 def test_rows_of_a_sample_are_called_so():
     name = "attention_core.around_64"
     o = np.zeros(CASES[name]["shapes"]["o"])
-    assert "departs at o, every sampled row" in verdict(name, {"o": o}, "float64").text
+    assert "departs at o, every sampled row: " in verdict(name, {"o": o}, "float64").text
+    named = {array: EXPECTED[f"{name}/{array}"] for array in CASES[name]["arrays"]}
+    o.reshape(-1, 512)[CASES[name]["sample"]["o"]] = named["o"]
+    o[1, 15] = 0
+    text = verdict(name, {"o": o}, "float64").text
+    assert "departs at o, sampled row 3 alone: " in text
+    assert text.endswith("; sampled are [0, 0], [0, 15], [1, 0], [1, 15], [2, 0], [2, 15] of [3, 16, 512]")
+    lse = named["lse"] + (np.arange(16) == 15)
+    o[1, 15] = named["o"][3]
+    assert "departs at lse, every token, head 15 alone: " in verdict(name, {"o": o, "lse": lse}, "float64").text
 
 
 def test_the_shortest_port_passes(capsys):

@@ -169,10 +169,10 @@ def test_no_mistake_is_named_that_does_not_explain():
     mine = {**wrong_answer(what, "v3_yarn", "float64")}
     assert mistakes.diagnose(mine, request, directory, at, names) == f"; as if {what}"
     mine["model.norm"] = mine["model.norm"] + 1
-    assert mistakes.diagnose(mine, request, directory, at, names) == f"; as if {what}, up to model.norm"
+    assert mistakes.diagnose(mine, request, directory, at, names) == f"; as if {what}, though not from model.norm on"
     mine["model.layers.0.self_attn.k_rope"] = mine["model.layers.0.self_attn.k_rope"] + 1
     hint = mistakes.diagnose(mine, request, directory, at, names)
-    assert hint == f"; as if {what}, up to model.layers.0.self_attn.k_rope"
+    assert hint == f"; as if {what}, though not from model.layers.0.self_attn.k_rope on"
 
 
 def test_a_part_of_a_generation_names_nothing(monkeypatch):
@@ -301,7 +301,9 @@ def test_keep_leaves_the_files(tmp_path):
 
 
 def test_keep_without_a_command_writes_the_files(tmp_path):
-    assert checked("--case", "mtp", "--case", "fp8", "--keep", tmp_path) == (0, [])
+    code, lines = checked("--case", "mtp", "--case", "fp8", "--case", "router.small", "--keep", tmp_path)
+    assert (code, lines[0].split(), lines[1].split()[0]) == (0, ["mtp"], "fp8")
+    assert lines[2].split(maxsplit=1) == ["router.small", "x [14, 24]"]
     assert (tmp_path / "mtp" / "request.json").exists() and (tmp_path / "fp8" / "model.safetensors").exists()
 
 

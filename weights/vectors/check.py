@@ -1,7 +1,6 @@
 """Run a port in any language against every case of the conformance kit.
 
     python weights/vectors/check.py "node weights/vectors/port.mjs"
-    python weights/vectors/check.py "python weights/vectors/port.py" --case mtp --case chunks --keep somewhere
 
 The command is called with a directory that holds a checkpoint and request.json, and writes answer.safetensors there
 (README.md beside this file says what). One line per case: it agrees, or partly, if arrays are absent; or the first
@@ -21,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
+
+import numpy as np
 
 import cases
 import compare
@@ -136,9 +137,12 @@ def judge_component(case, reference, mine, dtype, needed):
         if array in mine and array in case.get("sample", {}):
             mine[array] = mine[array].reshape(-1, shape[-1])[case["sample"][array]]
     verdict = compare.compare(mine, reference, tolerance_of(case, dtype), None, needed)
+    text, shape = verdict.text, case["shapes"].get(verdict.at)
     if verdict.at in case.get("sample", {}):  # whose rows are those of all axes but the last
-        return verdict._replace(text=verdict.text.replace("token", "sampled row"))
-    return verdict
+        rows = np.transpose(np.unravel_index(case["sample"][verdict.at], shape[:-1])).tolist()
+        text = text.replace("token", "sampled row")
+        text += "" if "every" in text else f"; sampled are {str(rows)[1:-1]} of {shape}"
+    return verdict._replace(text=text.replace("element", "head") if verdict.at == "lse" else text)
 
 
 def check(name, case, expected, command, args, base):
@@ -211,6 +215,9 @@ def check_all(chosen, command, args):
             for name, case in chosen.items():
                 if not command:
                     prepare(name, case, expected, args.keep / name, args.dtype)
+                    inputs = args.keep / name / "inputs.safetensors"
+                    shapes = compare.read_trace(inputs).items() if inputs.exists() else ()
+                    print(f"{name:24}", *(f"{key} {list(x.shape)}" for key, x in shapes))
                     continue
                 outcome, line = check(name, case, expected, command, args, args.keep or Path(scratch))
                 outcome = "departs" if args.strict and outcome != "agrees" else outcome

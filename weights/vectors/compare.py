@@ -151,7 +151,7 @@ def places(bad):
         along = bad.any(tuple(i for i in range(bad.ndim) if i != axis))
         if axis == 0 or not along.all():
             found.append(which(along, noun))
-    return ", ".join(filter(None, found))
+    return ", ".join(words for words in found if words and not ("element" in words and "more" in words))
 
 
 def differ(mine, want, limit):
