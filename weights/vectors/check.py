@@ -21,10 +21,9 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
-
 import cases
 import compare
+import numpy as np
 
 HALF = "float16", "bfloat16"
 
