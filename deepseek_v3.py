@@ -959,16 +959,17 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
     rng, end = np.random.default_rng(sampling.seed), len(prompt) + max_tokens
     cache, mtp_cache = caches = [Cache(end), Cache(end)]
     tokens, draft, q_W = list(prompt), [], None
+    def predict(h_D):
+        """The distribution of the token that follows a state."""
+        return distribution(to_host(head(h_D[None], w))[0], sampling)
     while True:
         start = cache.length
         h_TD = cached_pass(forward, [np.array(tokens[start:] + draft)], w, cfg, cache, chunk)
-        logits_XW = to_host(head(h_TD[-1 - len(draft) :], w))
-        p_XW = [distribution(logits_W, sampling) for logits_W in logits_XW]
         if draft:
-            accepted, token = verify(p_XW[0], q_W, draft[0], rng)
-            new = [token, draw(p_XW[1], rng)] if accepted else [token]
+            accepted, token = verify(predict(h_TD[-2]), q_W, draft[0], rng)
+            new = [token, draw(predict(h_TD[-1]), rng)] if accepted else [token]
         else:
-            new = [draw(p_XW[0], rng)]
+            new = [draw(predict(h_TD[-1]), rng)]
         stats.update(drafted=len(draft), accepted=len(new) - 1)
         stats["cache_bytes"] = sum(x.nbytes for each in caches for x in each.layers.values())
         for token in new[: end - len(tokens)]:
@@ -983,7 +984,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
             pair_Y = np.array(tokens[start + 1 :])  # the tokens t_{i+1} of the states h_i
             step, inputs = functools.partial(mtp, 1), [h_TD[: len(pair_Y)], pair_Y]
             g_YD = cached_pass(step, inputs, w, cfg, mtp_cache, chunk)
-            q_W = distribution(to_host(head(g_YD[-1:], w))[0], sampling)
+            q_W = predict(g_YD[-1])
             draft = [draw(q_W, rng)]
 
 

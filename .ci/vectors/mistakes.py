@@ -451,7 +451,8 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
             "if hasattr(self, 'main') else xp.empty("],
     }),
     ("0/tokens", "generate_mtp", {
-        "after an accepted draft the next token is read one position early": "draw(p_XW[1], rng) => draw(p_XW[0], rng)",
+        "after an accepted draft the next token is read one position early":
+            "[token, draw(predict(h_TD[-1]) => [token, draw(predict(h_TD[-2])",
     }),
     ("0/drafts", "generate_mtp", {
         "MTP drafts from the state of a rejected draft": "h_TD[: len(pair_Y)], pair_Y => h_TD[-len(pair_Y) :], pair_Y",
