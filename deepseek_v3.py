@@ -157,7 +157,7 @@ def linear(x, w, name):
 def rms_norm(x, w, name, eps):
     """x / rms(x) * `name.weight` over the last axis. The normalised x is rounded to x's dtype
     before it meets the weight: so does HF, while the official code rounds once, after."""
-    mean_square = (wide(x) ** 2).mean(axis=-1, keepdims=True)
+    mean_square = (wide(x) ** 2).sum(axis=-1, keepdims=True) / x.shape[-1]
     normed = wide(x) / xp.sqrt(mean_square + eps)
     return normed.astype(x.dtype, copy=False) * w[f"{name}.weight"]
 

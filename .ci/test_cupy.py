@@ -358,7 +358,7 @@ def test_launches_of_a_token_with_v3s_structure(device, context):
         h_TD = dsv3.cached_pass(dsv3.forward, [np.full(tokens, 3)], w, TINY, cache, dsv3.CHUNK)
         dsv3.to_host(dsv3.head(h_TD[-1:], w))
     print(dict(device))
-    assert 61 < device["launches"] <= 9000
+    assert 61 < device["launches"] <= 9100
 
 
 def test_no_result_hangs_on_the_last_bits(device, shipped, monkeypatch):

@@ -57,7 +57,7 @@ TABLE = [  # where it shows first, in these cases (of the first one, at that arr
     ("input_layernorm", "v3_yarn one_token", {
         "the norms' weights are 1 + what is stored": '* w[f"{name}.weight"] => * (1 + w[f"{name}.weight"])',
         "the norms subtract the mean": "    mean_square = => x = x - x.mean(axis=-1, keepdims=True); mean_square =",
-        "the norms divide by the root of the sum": "(wide(x) ** 2).mean( => (wide(x) ** 2).sum(",
+        "the norms divide by the root of the sum": "keepdims=True) / x.shape[-1] => keepdims=True)",
         "the norms' weights are not applied": '* w[f"{name}.weight"] =>',
     }),
     ("input_layernorm", "half", {
