@@ -493,6 +493,8 @@ def training_objective(w, token_X, cfg, mtp_weight=0.3, balance_weight=1e-4, exp
 MAX_EXPANDED = 2**29  # elements of expanded keys and values, without copies
 MAX_SCORES = 2**18  # scores held at a time, as fit a core's cache; on a GPU 256 times more
 MIN_QUERIES = 256  # of one key head in a product (tokens times heads), even beyond MAX_SCORES
+# A large block, freed: glibc then reuses memory, without page faults (mallopt(3)).
+np.empty(31 * 2**20, np.int8)
 
 
 class Cache:
@@ -959,8 +961,7 @@ def generate(prompt, w, cfg, max_tokens, sampling=None, stop=(), speculate=True,
     rng, end = np.random.default_rng(sampling.seed), len(prompt) + max_tokens
     cache, mtp_cache = caches = [Cache(end), Cache(end)]
     tokens, draft, q_W = list(prompt), [], None
-    def predict(h_D):
-        """The distribution of the token that follows a state."""
+    def predict(h_D):  # the next token's distribution
         return distribution(to_host(head(h_D[None], w))[0], sampling)
     while True:
         start = cache.length
