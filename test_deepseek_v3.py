@@ -1857,16 +1857,13 @@ def gpu_agrees_with_numpy_and_hugging_face(shipped, tmp_path):
 def gpu_tells_the_shipped_story(shipped, tmp_path):
     """Greedy: the tokens of Hugging Face. Sampled: those that NumPy draws from the same seed."""
     (prompt,), cfg = shipped.story["prompts"], shipped.cfg
-
     def run(n, **options):
         w = dsv3.Checkpoint(WEIGHTS, cfg)
         return list(dsv3.generate(prompt, w, cfg, n, **options))
-
     for speculate in (False, True):
         start = time.perf_counter()
         assert run(len(shipped.greedy), speculate=speculate) == shipped.greedy
-        each = (time.perf_counter() - start) / len(shipped.greedy)
-        print(f"speculation {speculate}: {each:.3f} s per token")
+        print(speculate, (time.perf_counter() - start) / len(shipped.greedy), "s per token")
         options = {"sampling": dsv3.Sampling(0.7, seed=3), "speculate": speculate}
         sampled = run(20, **options)
         with on_the_cpu():
@@ -1889,9 +1886,12 @@ def gpu_streams_what_does_not_fit(shipped, tmp_path):
         assert got_tokens == tokens
 
 
+GPU_CHECKS = [gpu_agrees_with_numpy_and_hugging_face, gpu_tells_the_shipped_story,
+              gpu_streams_what_does_not_fit]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [gpu_agrees_with_numpy_and_hugging_face,
-                                   gpu_tells_the_shipped_story, gpu_streams_what_does_not_fit])
+@pytest.mark.parametrize("check", GPU_CHECKS)
 def test_gpu(check, shipped, tmp_path, monkeypatch):
     try:
         monkeypatch.setattr(dsv3, "xp", dsv3.choose_device("gpu"))

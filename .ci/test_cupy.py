@@ -21,11 +21,9 @@ import pytest
 
 import deepseek_v3 as dsv3
 from test_deepseek_v3 import (
+    GPU_CHECKS,
     SMALL,
     WEIGHTS,
-    gpu_agrees_with_numpy_and_hugging_face,
-    gpu_streams_what_does_not_fit,
-    gpu_tells_the_shipped_story,
     make_tokens,
     make_weights,
     quantised,
@@ -315,8 +313,7 @@ def test_cupys_rules_leave_numpys_bits(tmp_path, monkeypatch, name, memory, dtyp
             assert isinstance(ours[array], np.ndarray) and ours[array].tobytes() == x.tobytes(), array
 
 
-@pytest.mark.parametrize("check", [gpu_agrees_with_numpy_and_hugging_face,
-                                   gpu_tells_the_shipped_story, gpu_streams_what_does_not_fit])
+@pytest.mark.parametrize("check", GPU_CHECKS)
 def test_gpu_checks_on_the_stand_in(check, shipped, device, tmp_path):
     check(shipped, tmp_path)
 

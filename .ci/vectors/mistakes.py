@@ -597,9 +597,9 @@ compiled = functools.cache(lambda block: compile(block, "deepseek_v3.py, edited"
 
 def spans(source, edits):
     """[(where, the new text)] of those that this source has, the last one first."""
-    there_are = [(list(re.finditer(re.escape(old.strip()), source)), old, new.strip()) for old, new in edits]
-    assert all(len(there) < 2 for there, *_ in there_are), f"stands more than once: {edits}"
-    return sorted(((*there[0].span(), new) for there, _, new in there_are if there), reverse=True)
+    found = [(list(re.finditer(re.escape(old.strip()), source)), new.strip()) for old, new in edits]
+    assert all(len(there) < 2 for there, _ in found), f"stands more than once: {edits}"
+    return sorted(((*there[0].span(), new) for there, new in found if there), reverse=True)
 
 
 @functools.cache
